@@ -1,0 +1,355 @@
+"""The words that the scheduler, the engine and the server share: what is asked for, what runs, what is planned.
+
+Plain Python and numpy: nothing here knows of devices, programs, tokenizers or HTTP.
+Field names of `SamplingParams` are vLLM's; their meaning and limits are in its docstring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_LOGPROBS = 20  # alternatives per token; the width of the step's result row
+MAX_STOP_TOKENS = 16  # stop token ids per request, the model's own end tokens included
+MAX_LOGIT_BIAS = 300  # OpenAI's own limit
+MAX_STOP_STRINGS = 16
+MAX_N = 128
+GREEDY_BELOW = 1e-5  # a temperature under this divides logits into infinities; it means greedy
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as asked.
+
+    param: the field at fault (OpenAI's `error.param`), or None.
+    code: a short machine-readable word such as `context_length_exceeded`, or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when a sequence ends. Raises `RequestError` naming the field.
+
+    temperature: 0 is greedy; logits are divided by it otherwise.
+    top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+    top_k: keep the k likeliest; 0 or -1 keeps all.
+    min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+    n: sequences per prompt.
+    seed: 0 <= seed < 2**63; None draws one.
+    max_tokens: None means what is left of the context.
+    min_tokens: stop tokens cannot be drawn before this many.
+    stop: strings that end the text and are not part of it.
+    stop_token_ids: tokens that end the sequence, besides the model's own end tokens.
+    presence_penalty, frequency_penalty: in [-2, 2], over the generated tokens (OpenAI's formula).
+    repetition_penalty: > 0, over prompt and generated tokens (CTRL, Keskar et al. 2019).
+    logit_bias: token id -> addition to its logit, in [-100, 100].
+    allowed_token_ids: only these can be drawn.
+    logprobs: also return this many likeliest alternatives per generated token (0: the token alone).
+    prompt_logprobs: likewise for the prompt's tokens.
+    ignore_eos: the model's own end tokens do not end the sequence.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    n: int = 1
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        _number(self, "temperature", 0.0, 100.0)
+        _number(self, "top_p", 0.0, 1.0, low_open=True)
+        _number(self, "min_p", 0.0, 1.0)
+        _number(self, "presence_penalty", -2.0, 2.0)
+        _number(self, "frequency_penalty", -2.0, 2.0)
+        _number(self, "repetition_penalty", 0.0, 100.0, low_open=True)
+        _integer(self, "top_k", -1, 2**31 - 1)
+        _integer(self, "n", 1, MAX_N)
+        _integer(self, "min_tokens", 0, 2**31 - 1)
+        _integer(self, "max_tokens", 0, 2**31 - 1, optional=True)
+        _integer(self, "seed", 0, 2**63 - 1, optional=True)
+        _integer(self, "logprobs", 0, MAX_LOGPROBS, optional=True)
+        _integer(self, "prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}", param="min_tokens"
+            )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise RequestError("stop must hold non-empty strings", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS // 2:
+            raise RequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {MAX_STOP_TOKENS // 2}",
+                param="stop_token_ids",
+            )
+        for token in self.stop_token_ids:
+            _token_id(token, "stop_token_ids")
+        for token in self.allowed_token_ids or ():
+            _token_id(token, "allowed_token_ids")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty: no token could be drawn", param="allowed_token_ids")
+        self._check_logit_bias()
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
+            )
+        for token, value in self.logit_bias.items():
+            _token_id(token, "logit_bias")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise RequestError(
+                    f"logit_bias of token {token} is {value!r}; it must lie in [-100, 100]", param="logit_bias"
+                )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+
+def _number(params: SamplingParams, name: str, low: float, high: float, *, low_open: bool = False) -> None:
+    value = getattr(params, name)
+    # bool is an int in Python; `temperature=True` is a mistake, not 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name}={value!r} must be a finite number", param=name)
+    if value < low or value > high or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise RequestError(f"{name}={value} must lie in {bracket}{low:g}, {high:g}]", param=name)
+
+
+def _integer(params: SamplingParams, name: str, low: int, high: int, *, optional: bool = False) -> None:
+    value = getattr(params, name)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name}={value!r} must be an integer", param=name)
+    if not low <= value <= high:
+        raise RequestError(f"{name}={value} must lie in [{low}, {high}]", param=name)
+
+
+def _token_id(token: object, name: str) -> None:
+    if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+        raise RequestError(f"{name}: {token!r} is not a token id", param=name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it, validated against a model by `check_request`.
+
+    prompt_token_ids: i32[tokens], at least one.
+    stop_token_ids: every token that ends it, the model's own included unless `ignore_eos`; at most
+        MAX_STOP_TOKENS.
+    max_total_tokens: prompt plus generated tokens, at most the context.
+    """
+
+    request_id: str
+    prompt_token_ids: NDArray[np.int32]
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    max_total_tokens: int
+    arrival_time: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a running engine can take: the numbers a request is checked against."""
+
+    vocab_size: int
+    max_model_len: int  # tokens, prompt and generated together
+    pool_tokens: int  # tokens that the whole page pool holds
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def check_request(
+    request_id: str, prompt_token_ids: Any, params: SamplingParams, limits: Limits, arrival_time: float
+) -> Request:
+    """The validated request. Raises `RequestError` naming the field at fault."""
+    ids = _prompt_ids(prompt_token_ids, limits.vocab_size)
+    length = len(ids)
+    if length > limits.max_model_len or (length == limits.max_model_len and params.max_tokens != 0):
+        raise RequestError(
+            f"the prompt has {length} tokens; the context is {limits.max_model_len} tokens"
+            " and must hold the prompt and at least one more",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    room = limits.max_model_len - length
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    if max_tokens > room:
+        raise RequestError(
+            f"max_tokens={max_tokens} and a prompt of {length} tokens exceed the context of"
+            f" {limits.max_model_len} tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if max_tokens == 0 and params.prompt_logprobs is None:
+        raise RequestError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
+    if length + max_tokens > limits.pool_tokens:
+        raise RequestError(
+            f"{length} prompt tokens and max_tokens={max_tokens} need more than the whole page pool of"
+            f" {limits.pool_tokens} tokens; lower max_tokens, or start the server with more --kv-pages",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token in getattr(params, name) or ():
+            if token >= limits.vocab_size:
+                raise RequestError(
+                    f"{name}: token {token} is not in the vocabulary of {limits.vocab_size}", param=name
+                )
+    own = () if params.ignore_eos else limits.eos_token_ids
+    stop = tuple(dict.fromkeys((*params.stop_token_ids, *own)))
+    if len(stop) > MAX_STOP_TOKENS:
+        raise RequestError(
+            f"{len(stop)} stop tokens, the model's own {len(own)} included; at most {MAX_STOP_TOKENS}",
+            param="stop_token_ids",
+        )
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=ids,
+        params=params,
+        stop_token_ids=stop,
+        max_total_tokens=length + max_tokens,
+        arrival_time=arrival_time,
+    )
+
+
+def _prompt_ids(prompt: Any, vocab_size: int) -> NDArray[np.int32]:
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, OverflowError) as error:  # ragged lists, integers beyond 64 bits
+        raise RequestError("the prompt must be a list of token ids", param="prompt") from error
+    if ids.size == 0:
+        raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError("the prompt must be a list of token ids", param="prompt")
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if bad.size:
+        raise RequestError(
+            f"the prompt holds token id {int(bad[0])}; ids lie in [0, {vocab_size - 1}]", param="prompt"
+        )
+    return ids.astype(np.int32)
+
+
+class Finish(enum.StrEnum):
+    """Why a sequence ended (OpenAI's `finish_reason`)."""
+
+    STOP = "stop"  # a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the context
+    ABORT = "abort"  # the client left
+
+
+class Status(enum.StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Sequence:
+    """One of a request's `n` continuations, as the scheduler tracks it.
+
+    `computed` and `sampled` count what was *dispatched*; `output` holds what was *read back*.
+    The difference is in flight.
+    """
+
+    request: Request
+    index: int  # 0 .. n-1 within the request
+    seed: int
+    status: Status = Status.WAITING
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0  # prompt tokens whose keys and values were dispatched
+    sampled: int = 0  # tokens whose sampling was dispatched
+    output: list[int] = dataclasses.field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.request.max_total_tokens - self.prompt_len
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """A chunk of one prompt, and all that the device must know of its sequence.
+
+    table: i32[pages_per_slot], the sequence's pages in order, covering positions 0 .. start+len(tokens);
+        the rest is -1.
+    targets: i32[chunk], the token that follows each one (-1 after the last), when prompt logprobs are wanted.
+    """
+
+    slot: int
+    start: int  # position of tokens[0]
+    tokens: NDArray[np.int32]  # i32[chunk]
+    table: NDArray[np.int32]
+    first: bool  # the sequence's first chunk: whatever the slot held before is void
+    last: bool  # the prompt ends here: draw a token
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    prompt_len: int
+    max_total_tokens: int
+    targets: NDArray[np.int32] | None = None
+    prompt: NDArray[np.int32] | None = None  # i32[prompt_len], in the first row if a penalty needs it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """One more token for each running sequence: the last one drawn in `slots[i]` enters at `positions[i]`."""
+
+    slots: NDArray[np.int32]  # i32[rows]
+    positions: NDArray[np.int32]  # i32[rows]
+    tables: NDArray[np.int32]  # i32[rows, pages_per_slot], unused entries -1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the device does next: a prefill of packed chunks, then one decode step; either may be absent.
+
+    Plain data that does not depend on tokens not read back yet, so it can be sent to other hosts.
+    """
+
+    step: int
+    prefill: tuple[PrefillRow, ...]
+    decode: DecodeRows | None
+
+    @property
+    def empty(self) -> bool:
+        return not self.prefill and self.decode is None
