@@ -48,9 +48,20 @@ MOST_BYTES = 400_000
 
 # One pre-token: a run of line ends with the next line's indentation; a word with the one sign or blank before it;
 # up to three digits; a run of signs; blanks.
-PRE_TOKEN = (
-    r"(?:[ \t]*\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
-)
+PRE_TOKEN = r"(?:[ \t]*\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
+
+# First words of a docstring that read well after "the function that ..." once put into the third person.
+VERBS_TEXT = """
+Accept Add Append Apply Ask Assert Attempt Build Calculate Call Cancel Change Check Clean Clear Close Collect
+Compare Compile Compute Connect Construct Convert Copy Count Create Decode Define Delete Determine Disable Display
+Download Draw Emit Enable Encode Ensure Escape Evaluate Execute Extract Fetch Fill Filter Find Finish Flush Format
+Generate Get Give Handle Ignore Implement Increment Indicate Initialize Insert Install Invoke Iterate Join Launch
+List Load Locate Look Make Mark Match Merge Move Normalize Open Parse Perform Pop Prepare Print Process Produce
+Provide Put Query Quote Raise Read Receive Record Register Reload Remove Rename Render Replace Report Reset Resolve
+Restore Retrieve Return Run Save Scan Search Select Send Set Show Skip Sort Split Start Stop Store Strip Take Test
+Tell Transform Translate Try Turn Unregister Update Use Validate Verify Wait Wrap Write Yield
+"""
+VERBS = frozenset(VERBS_TEXT.split())
 
 QUESTIONS = (
     "Write the function {name} that {what}",
@@ -140,16 +151,17 @@ def first_sentence(docstring: str) -> str | None:
     """The docstring's first sentence as the end of "... that": `Return the sum.` gives `returns the sum.`; else None."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
-    match = re.match(r"([A-Z][a-z]+)\b(.*)", sentence)
-    if not match or len(sentence) > 200 or len(sentence) < 15:
+    verb, _, rest = sentence.partition(" ")
+    if not 15 <= len(sentence) <= 200:
         return None
-    verb, rest = match.group(1).lower(), match.group(2)
-    if not re.match(r" \w", rest):
+    if verb in VERBS:
+        third = verb.lower() + ("es" if verb.endswith(("ch", "sh", "x", "ss")) else "s")
+        third = re.sub(r"([^aeiou])ys$", r"\1ies", third)
+    elif verb.removesuffix("s") in VERBS or verb.removesuffix("es") in VERBS or verb in ("Tries", "Applies", "Copies"):
+        third = verb.lower()
+    else:
         return None
-    if not verb.endswith("s"):
-        verb += "es" if re.search(r"(ch|sh|x|z|ss|o)$", verb) else "s"
-        verb = re.sub(r"([^aeiou])ys$", r"\1ies", verb)
-    return f"{verb}{rest}".rstrip(".") + "."
+    return f"{third} {rest}".rstrip(".") + "."
 
 
 def chat_pairs(texts: dict[str, str]) -> list[tuple[str, str]]:
