@@ -1,4 +1,4 @@
-"""The words that the scheduler, the engine and the server share: what is asked for, what runs, what is planned.
+"""The words that scheduler, engine and server share: what is asked for, what runs, what is planned.
 
 Plain Python and numpy: nothing here knows of devices, programs, tokenizers or HTTP.
 Field names of `SamplingParams` are vLLM's; their meaning and limits are in its docstring.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,10 +82,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _tuple(self, "stop")
+        _tuple(self, "stop_token_ids")
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            _tuple(self, "allowed_token_ids")
         _number(self, "temperature", 0.0, 100.0)
         _number(self, "top_p", 0.0, 1.0, low_open=True)
         _number(self, "min_p", 0.0, 1.0)
@@ -117,12 +117,15 @@ class SamplingParams:
         for token in self.allowed_token_ids or ():
             _token_id(token, "allowed_token_ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids is empty: no token could be drawn", param="allowed_token_ids")
+            raise RequestError("allowed_token_ids is empty: nothing can be drawn", param="allowed_token_ids")
         self._check_logit_bias()
 
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
             return
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller keeps its own
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
@@ -131,7 +134,8 @@ class SamplingParams:
             _token_id(token, "logit_bias")
             if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
                 raise RequestError(
-                    f"logit_bias of token {token} is {value!r}; it must lie in [-100, 100]", param="logit_bias"
+                    f"logit_bias of token {token} is {value!r}; it must lie in [-100, 100]",
+                    param="logit_bias",
                 )
 
     @property
@@ -142,11 +146,20 @@ class SamplingParams:
 def _number(params: SamplingParams, name: str, low: float, high: float, *, low_open: bool = False) -> None:
     value = getattr(params, name)
     # bool is an int in Python; `temperature=True` is a mistake, not 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name}={value!r} must be a finite number", param=name)
+    if isinstance(value, float) and not math.isfinite(value):  # isfinite(10**400) overflows
         raise RequestError(f"{name}={value!r} must be a finite number", param=name)
     if value < low or value > high or (low_open and value == low):
         bracket = "(" if low_open else "["
         raise RequestError(f"{name}={value} must lie in {bracket}{low:g}, {high:g}]", param=name)
+
+
+def _tuple(params: SamplingParams, name: str) -> None:
+    value = getattr(params, name)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise RequestError(f"{name}={value!r} must be a list", param=name)
+    object.__setattr__(params, name, tuple(value))
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int, *, optional: bool = False) -> None:
@@ -247,6 +260,9 @@ def check_request(
 
 
 def _prompt_ids(prompt: Any, vocab_size: int) -> NDArray[np.int32]:
+    # numpy would take [5, True] for integers
+    if isinstance(prompt, list | tuple) and any(isinstance(token, bool) for token in prompt):
+        raise RequestError("the prompt must be a list of token ids", param="prompt")
     try:
         ids = np.asarray(prompt)
     except (ValueError, OverflowError) as error:  # ragged lists, integers beyond 64 bits
@@ -310,8 +326,8 @@ class Sequence:
 class PrefillRow:
     """A chunk of one prompt, and all that the device must know of its sequence.
 
-    table: i32[pages_per_slot], the sequence's pages in order, covering positions 0 .. start+len(tokens);
-        the rest is -1.
+    table: i32[pages_per_slot], the sequence's pages in order, covering positions
+        0 .. start+len(tokens)-1; the rest is -1.
     targets: i32[chunk], the token that follows each one (-1 after the last), when prompt logprobs are wanted.
     """
 
@@ -320,7 +336,7 @@ class PrefillRow:
     tokens: NDArray[np.int32]  # i32[chunk]
     table: NDArray[np.int32]
     first: bool  # the sequence's first chunk: whatever the slot held before is void
-    last: bool  # the prompt ends here: draw a token
+    last: bool  # the prompt ends here: draw a token, unless max_total_tokens is prompt_len
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
     seed: int
