@@ -1,4 +1,4 @@
-"""Trains the embedded model: `python -m checkpoints.embedded.train --steps 2000`.
+"""Trains the embedded model: `python -m checkpoints.embedded.train --steps 3600`.
 
 1. Reads the running Python's standard library, sets the held-out modules aside, trains the tokenizer (data.py).
 2. AdamW over shuffled windows; every few minutes the whole state goes to an Orbax checkpoint in `--workdir`.
@@ -49,9 +49,9 @@ class TrainConfig:
     """Everything the weights depend on besides the architecture and the texts."""
 
     steps: int
-    rows: int = 4
+    rows: int = 2
     peak_rate: float = 3e-3
-    warm_up: int = 100
+    warm_up: int = 150
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 20260
@@ -67,7 +67,7 @@ class TrainConfig:
             optax.adamw(
                 rate,
                 b1=0.9,
-                b2=0.95,
+                b2=0.98,
                 weight_decay=self.weight_decay,
                 mask=lambda params: {name: value.ndim > 1 for name, value in params.items()},
             ),
@@ -207,7 +207,7 @@ def evaluate_folder(out: Path, corpus: Corpus, **facts: object) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoints.embedded.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of 4 windows of 1,024 tokens (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3600, help="of 2 windows of 1,024 tokens (default %(default)s)")
     parser.add_argument("--workdir", type=Path, default=DEFAULT_WORKDIR, help="checkpoints and tokenizer")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the Hugging Face folder to write")
     parser.add_argument("--export", action="store_true", help="export and evaluate the last checkpoint, no training")
