@@ -20,15 +20,15 @@ class CheckpointError(ValueError):
 
 
 def quote(key: str) -> str:
-    """`key` for a message: printable (lone surrogates and control characters escaped) and of bounded length."""
+    """`key` for a message: printable (control characters and lone surrogates escaped), of bounded length."""
     return repr(key) if len(key) <= _KEY_CHARS else f"{key[:_KEY_CHARS]!r}… ({len(key)} characters)"
 
 
-def listing(keys: Collection[str]) -> str:
+def listing(keys: Collection[str], noun: str = "key") -> str:
     """The count and the first five of `keys`, sorted: "7 keys: 'a', 'b', 'c', 'd', 'e' and 2 more"."""
     named = ", ".join(quote(key) for key in sorted(keys)[:_LISTED])
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'}: {named}{more}"
+    return f"{len(keys)} {noun}{'' if len(keys) == 1 else 's'}: {named}{more}"
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -43,8 +43,11 @@ def open_regular(path: Path) -> BinaryIO:
             raise CheckpointError(f"{path}: is {kind}, expected a file")
         return open(path, "rb")
     except OSError as error:
-        reason = "a broken link" if path.is_symlink() and not path.exists() else error.strerror or str(error)
-        raise CheckpointError(f"{path}: cannot be read ({reason}); download or copy the folder again") from error
+        broken = os.path.islink(path) and not os.path.exists(path)
+        reason = "a broken link" if broken else error.strerror or str(error)
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); download or copy the folder again"
+        ) from error
 
 
 def read_object(path: Path, *, limit: int, unique_keys: bool) -> dict[str, Any]:

@@ -24,75 +24,19 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from checkpoints.files import CheckpointError, listing, quote, read_object
+from checkpoints.hub import resolve_model
 from checkpoints.safetensors_reader import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, weight_dtype
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Target", "TensorInfo", "check", "load", "open_checkpoint", "read_config",
-    "read_json", "read_target", "resolve_model",
+    "Checkpoint", "CheckpointError", "Target", "TensorInfo", "check", "load", "open_checkpoint",
+    "read_config", "read_json", "read_target", "resolve_model",
 ]  # fmt: skip
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_JSON_BYTES: Final = 16 << 20
-_COMPARE_BYTES: Final = 8 << 20
-_HUB_ID: Final = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
-_SMALL_FILES: Final = ["*.json", "*.jinja", "tokenizer.model"]
-# Some repositories hold the weights twice: in subfolders (onnx/, original/) or as Mistral's consolidated files.
-_NOT_DOWNLOADED: Final = ["*/*", "consolidated*"]
-
-
-def resolve_model(model: str, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of `model`: a local folder, or a hub id, downloaded or found in the hub's cache.
-
-    `revision` is a branch, tag or commit, for hub ids only. `weights=False` fetches config and tokenizer
-    alone. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN act as huggingface_hub documents. Raises CheckpointError.
-    """
-    folder = Path(model).expanduser() if model else None
-    if folder is not None and folder.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"{folder}: is a local folder, so a revision ({revision}) cannot be chosen")
-        return folder
-    if folder is not None and os.path.lexists(folder):
-        raise CheckpointError(f"{folder}: is not a folder; MODEL is the folder that holds config.json, or a hub id")
-    if not _HUB_ID.fullmatch(model) or model.startswith(".") or ".." in model or "--" in model or len(model) > 96:
-        raise CheckpointError(f"{quote(model)}: there is no such folder, and it is not a hub id (owner/name)")
-    return _download(model, revision, [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES)
-
-
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub  # here, since it takes a quarter of a second that a local folder need not wait for
-    from huggingface_hub import errors
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_DOWNLOADED
-            )
-        )
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{model}: there is no such folder, and it is not a hub id: {error}") from error
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{model}: is gated; accept its terms at https://huggingface.co/{model} and set HF_TOKEN"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{model}: there is no such folder, nor such a model on the hub; check the name, or set HF_TOKEN "
-            "if it is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{model}: the hub has no revision {revision}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise CheckpointError(
-            f"{model}{at}: there is no such folder, it is not (wholly) in the hub's cache, and {why}; "
-            f"run `hf download {model}` with a connection, or give a local folder"
-        ) from error
-    except Exception as error:  # also the errors of its HTTP library, which is another in each major version
-        raise CheckpointError(f"{model}{at}: download failed: {type(error).__name__}: {error}") from error
+_COMPARE_ELEMENTS: Final = 2 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,7 +58,7 @@ def read_json(folder: Path, name: str, *, required: bool = True) -> dict[str, An
 
 
 class Checkpoint:
-    """The tensors of a folder, by name, over all its shards. Reading is thread-safe; see `SafetensorsFile`."""
+    """The tensors of a folder, by name, over all shards (see `SafetensorsFile`). Reading is thread-safe."""
 
     folder: Path
     names: tuple[str, ...]  # sorted
@@ -145,8 +89,8 @@ class Checkpoint:
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """`read(name)[index]`: only the pages it covers are read from disk once it is used.
 
-        `index` holds one slice of step 1 within the bounds for each leading axis, as JAX hands to the callback
-        of `jax.make_array_from_callback`. Raises ValueError for any other, where numpy would clip in silence.
+        `index` holds a slice of step 1 within the bounds for each leading axis, as JAX hands to the callback
+        of `jax.make_array_from_callback`. Raises ValueError for any other, where numpy would clip silently.
         """
         array = self.read(name)
         inside = len(index) <= array.ndim and all(
@@ -154,11 +98,11 @@ class Checkpoint:
             for cut, size in zip(index, array.shape, strict=False)
         )
         if not inside:
-            raise ValueError(f"{index=} is not one slice of step 1 for each axis within {array.shape=} of {name!r}")
-        return array[(*index, ...)]  # the ellipsis keeps a tensor without axes an array
+            raise ValueError(f"{name!r}: {index=} is not slices of step 1 within {array.shape=}")
+        return array[index] if index else array  # numpy's array[()] would be no array where there are no axes
 
     def release(self, name: str) -> None:
-        """Lets go of the memory that holds the tensor's pages; arrays of it stay valid (read again if used)."""
+        """Lets go of the memory that holds the tensor's pages; arrays of it stay valid and are read again."""
         self._file(name).release(name)
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -168,29 +112,32 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Opens the folder's weights: `model.safetensors`, else the index and its shards, else the one *.safetensors.
+    """Opens `model.safetensors`, else the index and its shards, else the only *.safetensors.
 
-    (transformers looks in this order too.) Reads every header and checks it, and no data. Raises
-    CheckpointError: no safetensors, pickles only, shards without an index, an index that does not match its
-    shards key for key, the same key in two shards, or any fault in a file.
+    The order is transformers'. Reads every header and checks it, and no data. Raises CheckpointError: no
+    safetensors, pickles only, shards without an index, an index that does not match its shards key for key,
+    the same key in two shards, or any fault in a file.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: is not a folder")
     if os.path.lexists(folder / _SINGLE):
         return Checkpoint(folder, [SafetensorsFile(folder / _SINGLE)])
     if os.path.lexists(folder / _INDEX):
         return Checkpoint(folder, _open_shards(folder))
-    found = sorted(path.name for path in folder.iterdir())
+    try:
+        found = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed ({error.strerror or error})") from error
     shards = [name for name in found if name.endswith(".safetensors")]
     if len(shards) == 1:
         return Checkpoint(folder, [SafetensorsFile(folder / shards[0])])
     if shards:
-        raise CheckpointError(f"{folder}: has {len(shards)} safetensors files but no {_INDEX}; download it too")
+        raise CheckpointError(f"{folder}: has {listing(shards, 'shard')}, but no {_INDEX}; add it")
     pickles = [name for name in found if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{folder}: has its weights as pickle only ({pickles[0]}), and opening a pickle can run code that is "
-            "in it; convert where you trust it: transformers' from_pretrained, then save_pretrained (safetensors)"
+            f"{folder}: has its weights as pickle only ({pickles[0]}), and a pickle can run code when it is "
+            "opened; if you trust it, convert it to safetensors with transformers' save_pretrained"
         )
     raise CheckpointError(f"{folder}: has no weights (*.safetensors)")
 
@@ -205,25 +152,27 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
         # A bare file name: anything else ("../x", "/x", "a\\b") could reach out of the folder.
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise CheckpointError(
-                f"{index}: key {quote(key)} is in {quote(str(shard))}, which is not the name of a .safetensors file "
-                "in this folder; the index is refused"
+                f"{index}: key {quote(key)} is said to be in {quote(str(shard))}, which is not the plain "
+                "name of a .safetensors file; the index is refused"
             )
         keys_of.setdefault(shard, set()).add(key)
-    absent = [shard for shard in keys_of if not (folder / shard).exists()]
+    absent = [shard for shard in keys_of if not os.path.exists(folder / shard)]
     if absent:
-        raise CheckpointError(f"{index}: names files that are missing, {listing(absent)}; download them again")
+        raise CheckpointError(f"{index}: the folder lacks {listing(absent, 'file')}; download again")
 
     files = []
     for shard, keys in sorted(keys_of.items()):
         file = SafetensorsFile(folder / shard)
         lacking, extra = keys - file.tensors.keys(), file.tensors.keys() - keys
-        if lacking:
-            raise CheckpointError(f"{file.path}: lacks what {_INDEX} says is in it, {listing(lacking)}; download both")
         twice = extra & weight_map.keys()
-        if twice:
-            raise CheckpointError(f"{file.path}: holds what is in another shard too, {listing(twice)}; remove one")
-        if extra:
-            raise CheckpointError(f"{file.path}: holds what {_INDEX} does not name, {listing(extra)}; download both")
+        faults = (
+            ("lacks what the index places in it", lacking),
+            ("holds what the index places in another shard, so it is there twice", twice),
+            ("holds what the index does not name", extra),
+        )
+        for fault, at in faults:
+            if at:
+                raise CheckpointError(f"{file.path}: {fault}, {listing(at)}; download it and {_INDEX} again")
         files.append(file)
     return files
 
@@ -278,11 +227,8 @@ def check(
     patterns = [re.compile(pattern) for pattern in ignored]
 
     missing = wanted.keys() - set(checkpoint.names)
-    unknown = {
-        name
-        for name in checkpoint.names
-        if name not in wanted and name not in aliases and not any(pattern.fullmatch(name) for pattern in patterns)
-    }
+    spare = set(checkpoint.names) - wanted.keys() - aliases.keys()
+    unknown = {name for name in spare if not any(pattern.fullmatch(name) for pattern in patterns)}
     faults = [f"lacks {listing(missing)}"] if missing else []
     faults += [f"has unknown {listing(unknown)}"] if unknown else []
     if faults:
@@ -295,18 +241,18 @@ def check(
         info = checkpoint.info(name)
         weight_dtype(info, name, checkpoint.path_of(name))
         if info.shape != target.stored_shape:
-            misshaped.append(f"{quote(name)} is {info.shape}, expected {target.stored_shape}")
+            misshaped.append(_shape_fault(info, target))
     if misshaped:
         more = f" and {len(misshaped) - 5} more" if len(misshaped) > 5 else ""
         raise CheckpointError(
-            f"{checkpoint.folder}: {len(misshaped)} with a shape that config.json does not lead to: "
-            f"{', '.join(misshaped[:5])}{more}"
+            f"{checkpoint.folder}: {len(misshaped)} of another shape than config.json leads to: "
+            f"{', '.join(misshaped[:5])}{more}; config.json and the weights must come from the same model"
         )
     for alias, name in aliases.items():
         if alias in checkpoint and name in checkpoint and not _equal(checkpoint, alias, name):
             raise CheckpointError(
-                f"{checkpoint.path_of(alias)}: key {quote(alias)} differs from {quote(name)}, though config.json ties "
-                'them; if the model has its own output head, set "tie_word_embeddings": false'
+                f"{checkpoint.path_of(alias)}: key {quote(alias)} differs from {quote(name)}, but config.json"
+                ' ties them; if the model has its own output head, set "tie_word_embeddings": false'
             )
 
 
@@ -335,11 +281,15 @@ def load(
 
 
 def read_target(checkpoint: Checkpoint, target: Target, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """`target`'s array, or its part at `index` (a slice for each axis of `target.shape`): C-contiguous, aligned.
+    """`target`'s array, or its part at `index` (slices of `target.shape`): C-contiguous and aligned.
 
     A read-only view of the file where stored dtype and order fit; else one copy of that part, in the target's
-    dtype, and nothing more. Raises CheckpointError where a finite value would become infinite in f16.
+    dtype, and nothing more. Raises CheckpointError where the stored shape is another, or where a finite value
+    would become infinite in f16.
     """
+    info = checkpoint.info(target.key)
+    if info.shape != target.stored_shape:
+        raise CheckpointError(f"{checkpoint.path_of(target.key)}: key {_shape_fault(info, target)}")
     axes = target.axes or tuple(range(len(target.shape)))
     where = (*(index or ()), *(slice(None),) * (len(target.shape) - len(index or ())))
     array = checkpoint.read_slice(target.key, tuple(where[axes.index(axis)] for axis in range(len(axes))))
@@ -358,17 +308,23 @@ def read_target(checkpoint: Checkpoint, target: Target, index: tuple[slice, ...]
     return result
 
 
+def _shape_fault(info: TensorInfo, target: Target) -> str:
+    return f"{quote(target.key)} is {info.shape}, expected {target.stored_shape}"
+
+
 def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors hold the same bits (the same f32 values where their dtypes differ), a piece at a time."""
+    """Whether two tensors hold the same bits (or, in two dtypes, the same f32 values), a piece at a time."""
     if checkpoint.info(first).shape != checkpoint.info(second).shape:
         return False
     a, b = checkpoint.read(first).reshape(-1), checkpoint.read(second).reshape(-1)
     as_bits = a.dtype == b.dtype
-    step = _COMPARE_BYTES // 4
-    for begin in range(0, a.size, step):
-        piece_a, piece_b = a[begin : begin + step], b[begin : begin + step]
+    for begin in range(0, a.size, _COMPARE_ELEMENTS):
+        piece = slice(begin, begin + _COMPARE_ELEMENTS)
+        piece_a, piece_b = a[piece], b[piece]
         if not as_bits:
             piece_a, piece_b = piece_a.astype(np.float32), piece_b.astype(np.float32)
         if not np.array_equal(piece_a.view(np.uint8), piece_b.view(np.uint8)):
             return False
+    checkpoint.release(first)
+    checkpoint.release(second)
     return True

@@ -28,9 +28,11 @@ _MAX_INT: Final = 2**63 - 1
 
 # Size of an element in bits (the reference implementation's `Dtype::bitsize`; F4 and F6 are packed).
 _BITS: Final[Mapping[str, int]] = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-    "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 
 # What weights may be stored as. The rest is known by size, so that a file holding it can be opened.
@@ -43,7 +45,7 @@ WEIGHT_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies. `dtype` is the format's word ("BF16"); `begin` and `end` are bytes of the file."""
+    """Where a tensor lies: `dtype` is the format's word ("BF16"), `begin` and `end` are bytes of the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -76,14 +78,12 @@ class SafetensorsFile:
                 raise CheckpointError(f"{path}: cannot be mapped ({error.strerror or error})") from error
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view of the file, not copied; perhaps unaligned, since the format allows it.
+        """The tensor as a read-only view of the file, not copied; perhaps unaligned, as the format allows it.
 
         Raises KeyError for an unknown name, CheckpointError for a dtype that weights cannot have.
         """
         info = self.tensors[name]
         dtype = weight_dtype(info, name, self.path)
-        if info.begin == info.end:
-            return np.empty(info.shape, dtype)
         count = (info.end - info.begin) // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, info.begin).reshape(info.shape)
 
@@ -114,7 +114,9 @@ def _check_length(header: bytes, length: int, size: int, path: Path) -> None:
     if size < 8:
         raise CheckpointError(f"{path}: has {size} bytes, too few for a safetensors file; download it again")
     if header == b"version ":  # https://git-lfs.com, the pointer that stands for a file not fetched
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+        )
     if length > MAX_HEADER_BYTES or length > size - 8:
         limit = "100 MB" if length > MAX_HEADER_BYTES else f"the file's own {size} bytes"
         raise CheckpointError(
@@ -129,7 +131,7 @@ def parse_header(raw: bytes, size: int, where: str) -> dict[str, TensorInfo]:
     Raises CheckpointError unless every field is as the format says and the tensors cover the data exactly.
     """
     if not raw.startswith(b"{"):
-        raise CheckpointError(f"{where}: its header does not begin with '{{'; this is not a safetensors file")
+        raise CheckpointError(f"{where}: its header does not begin with '{{'; it is not a safetensors file")
     header = parse_object(raw, f"{where}: header", unique_keys=True)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -144,13 +146,17 @@ def parse_header(raw: bytes, size: int, where: str) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{where}: key {quote(name)} {fault} in the file; the header is damaged")
         covered = info.end
     if covered != size:
-        raise CheckpointError(f"{where}: its tensors end at byte {covered} of {size}; download the file again")
+        raise CheckpointError(
+            f"{where}: its tensors end at byte {covered} of {size}; download the file again"
+        )
     return tensors
 
 
 def _parse_tensor(name: str, entry: object, start: int, size: int, where: str) -> TensorInfo:
     def fail(what: str) -> CheckpointError:
-        return CheckpointError(f"{where}: key {quote(name)} {what}; the header is damaged, download the file again")
+        return CheckpointError(
+            f"{where}: key {quote(name)} {what}; the header is damaged, download the file again"
+        )
 
     if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
         raise fail("is not valid Unicode")
@@ -158,7 +164,9 @@ def _parse_tensor(name: str, entry: object, start: int, size: int, where: str) -
         raise fail("is not an object of exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise fail(f"has the unknown dtype {quote(str(dtype)) if isinstance(dtype, str) else type(dtype).__name__}")
+        raise fail(
+            f"has the unknown dtype {quote(str(dtype)) if isinstance(dtype, str) else type(dtype).__name__}"
+        )
     if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(map(_is_size, shape)):
         raise fail(f"has a shape that is not a list of at most {_MAX_RANK} integers from 0 to 2**63 - 1")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
