@@ -67,15 +67,17 @@ class SafetensorsFile:
         """Reads the header only. Raises CheckpointError for anything but a sound safetensors file."""
         self.path = path
         with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             try:
-                size = os.fstat(file.fileno()).st_size
-                header = file.read(8)
-                length = int.from_bytes(header, "little")
-                _check_length(header, length, size, path)
-                self.tensors = parse_header(file.read(length), size, str(path))
+                prefix = file.read(8)
+                length = _header_length(prefix, size, path)
+                header = file.read(length)
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be mapped ({error.strerror or error})") from error
+            except CheckpointError:
+                raise
+            except (OSError, ValueError) as error:  # ValueError: the file has just become shorter
+                raise CheckpointError(f"{path}: cannot be mapped ({error})") from error
+        self.tensors = parse_header(header, size, str(path))
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the file, not copied; perhaps unaligned, as the format allows it.
@@ -110,19 +112,22 @@ def weight_dtype(info: TensorInfo, name: str, path: Path) -> np.dtype[Any]:
     return dtype
 
 
-def _check_length(header: bytes, length: int, size: int, path: Path) -> None:
+def _header_length(prefix: bytes, size: int, path: Path) -> int:
+    """Bytes of the header, from the first eight bytes of a file of `size` bytes."""
     if size < 8:
         raise CheckpointError(f"{path}: has {size} bytes, too few for a safetensors file; download it again")
-    if header == b"version ":  # https://git-lfs.com, the pointer that stands for a file not fetched
+    if prefix == b"version ":  # https://git-lfs.com, the pointer that stands for a file not fetched
         raise CheckpointError(
             f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
         )
+    length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES or length > size - 8:
         limit = "100 MB" if length > MAX_HEADER_BYTES else f"the file's own {size} bytes"
         raise CheckpointError(
             f"{path}: says that its header has {length} bytes, which is more than {limit}; "
             "the file is cut off or is not safetensors: download it again"
         )
+    return length
 
 
 def parse_header(raw: bytes, size: int, where: str) -> dict[str, TensorInfo]:

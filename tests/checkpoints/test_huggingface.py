@@ -586,7 +586,7 @@ def test_damaged_file_reads_or_raises(
     sound = path.read_bytes()
     header_end = 8 + int.from_bytes(sound[:8], "little")
     accepted = 0
-    for _ in range(200):
+    for _ in range(60):
         start = 8 if keep_length else 0
         raw = bytearray(sound[start:header_end])
         for _ in range(rng.randrange(1, 3)):
@@ -616,7 +616,7 @@ def test_damaged_file_reads_or_raises(
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
         assert time.monotonic() - began < 5
-    assert accepted < 200
+    assert accepted < 60
 
 
 def test_damaged_index_or_config_reads_or_raises(tmp_path: Path) -> None:
@@ -624,7 +624,7 @@ def test_damaged_index_or_config_reads_or_raises(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     sound = path.read_bytes()
     rng = random.Random(0)
-    for _ in range(300):
+    for _ in range(150):
         raw = bytearray(sound)
         rng.choice([_flip, _replace, _truncate, _remove, _double])(raw, rng.randrange(len(raw)), rng)
         path.write_bytes(raw)
