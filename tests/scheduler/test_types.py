@@ -103,7 +103,8 @@ def test_prompt_longer_than_the_context(length: int) -> None:
     with pytest.raises(RequestError) as caught:
         check([1] * length)
     assert str(caught.value) == (
-        f"the prompt has {length} tokens; the context is 32 tokens and must hold the prompt and at least one more"
+        f"the prompt has {length} tokens; the context is 32 tokens"
+        " and must hold the prompt and at least one more"
     )
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
 
@@ -131,8 +132,8 @@ def test_a_prompt_that_fills_the_context_can_only_be_scored() -> None:
             {"max_tokens": 20},
             "max_tokens",
             "context_length_exceeded",
-            "3 prompt tokens and max_tokens=20 need more than the whole page pool of 16 tokens; lower max_tokens,"
-            " or start the server with more --kv-pages",
+            "3 prompt tokens and max_tokens=20 need more than the whole page pool of 16 tokens;"
+            " lower max_tokens, or start the server with more --kv-pages",
         ),
         (
             LIMITS,
@@ -185,7 +186,8 @@ def test_what_a_request_holds() -> None:
 
 def test_params_are_normalised_and_the_callers_own() -> None:
     bias = {1: 2.0}
-    params = SamplingParams(stop="end", stop_token_ids=[4], logit_bias=bias)
+    lists: dict[str, Any] = {"stop": "end", "stop_token_ids": [4]}
+    params = SamplingParams(logit_bias=bias, **lists)
     bias[2] = 1000.0
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("end",), (4,), {1: 2.0})
     assert SamplingParams(temperature=0).greedy and not SamplingParams(temperature=0.1).greedy
