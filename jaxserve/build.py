@@ -1,0 +1,472 @@
+"""From options to a running engine: the one place that wires everything.
+
+    folder -> config -> mesh -> declared weights -> programs compiled -> pool sized -> weights placed -> warm-up
+
+The pool's size follows from the memory that is there: the largest programs are compiled first, their own
+memory analysis says what a step needs beside weights and pages, and the pages get the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import Mesh
+
+from checkpoints import huggingface
+from checkpoints.embedded import MODEL_DIR
+from jaxserve import models
+from jaxserve.config import EngineOptions
+from jaxserve.engine import batch
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.programs import Program, Programs
+from jaxserve.engine.state import StateShape, abstract_state, mask_words, new_state, page_bytes
+from jaxserve.engine.step import Steps
+from jaxserve.models.config import ModelConfig, context_limit
+from jaxserve.models.decoder import Decoder, Layout, Params, Weight
+from jaxserve.models.layers import INIT_SCALE
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.types import Limits, SamplingParams, check_request
+from jaxserve.text.tokenizer import Tokenizer
+from sharding import make_mesh, named_sharding, parse_mesh
+
+Progress = Callable[[str], None]
+EMBEDDED_NAME = "jaxserve-embedded"
+MAX_PREFILL_ROWS = 16  # prompts that end in one chunk; each costs a row of the output head
+MAX_PAGES = 2**30  # page ids are int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model's folder, read as far as the headers: everything but the weights."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    dtype: np.dtype
+    max_model_len: int
+
+
+def model_name(model: str | None) -> str:
+    """The last part of the folder or hub id."""
+    return EMBEDDED_NAME if model is None else Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/")[-1]
+
+
+def read_model(model: str | None, options: EngineOptions) -> Loaded:
+    """Raises ValueError (ConfigError, CheckpointError among them) naming what does not fit."""
+    if model is None:
+        folder = MODEL_DIR
+    else:
+        folder = huggingface.resolve_model(model, weights=options.load_format != "dummy")
+    config = models.config_from_hf(huggingface.read_config(folder))
+    dtype = (config.dtype or "float32") if options.dtype == "auto" else options.dtype
+    longest = context_limit(config)
+    length = longest if options.max_model_len is None else options.max_model_len
+    if length > longest:
+        raise ValueError(
+            f"--max-model-len={length} is beyond the model's context of {longest} tokens"
+            f" (rope {config.rope.kind}, max_position_embeddings={config.max_position})"
+        )
+    return Loaded(model_name(model), folder, config, np.dtype(jnp.dtype(dtype)), length)
+
+
+def layout_for(platform: str) -> Layout:
+    return "unrolled" if platform in ("gpu", "cuda", "rocm") else "scan"
+
+
+# -- weights ---------------------------------------------------------------------------------------------
+
+
+def abstract_params(model: Decoder, mesh: Mesh, layout: Layout) -> Params:
+    def leaf(weight: Weight, layer: int | None) -> jax.ShapeDtypeStruct:
+        stacked = weight.per_layer and layer is None
+        shape = (model.config.num_layers, *weight.shape) if stacked else weight.shape
+        axes = ("layer", *weight.axes) if stacked else weight.axes
+        return jax.ShapeDtypeStruct(shape, weight.dtype, sharding=named_sharding(mesh, axes))
+
+    return model.tree(leaf, layout)
+
+
+def load_params(model: Decoder, loaded: Loaded, mesh: Mesh, layout: Layout) -> Params:
+    """Every weight from the checkpoint to its place on the mesh, one leaf at a time: each device's part is
+    read from the file by itself. Raises CheckpointError naming the key at fault."""
+    checkpoint = huggingface.open_checkpoint(loaded.folder)
+    layers = range(model.config.num_layers)
+
+    def target(weight: Weight, layer: int | None) -> huggingface.Target:
+        key = weight.checkpoint_key if layer is None else weight.checkpoint_key.format(layer)
+        return huggingface.Target(key, weight.shape, weight.dtype)
+
+    targets = [target(w, i) for w in model.weights for i in (layers if w.per_layer else (None,))]
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_embeddings else None
+    huggingface.check(checkpoint, targets, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), tied=tied)
+    abstract = abstract_params(model, mesh, layout)
+
+    def leaf(weight: Weight, layer: int | None) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if weight.per_layer and layer is None:
+                chosen = [
+                    huggingface.read_target(checkpoint, target(weight, i), index[1:]) for i in layers[index[0]]
+                ]
+                return np.stack(chosen)
+            return huggingface.read_target(checkpoint, target(weight, layer), index)
+
+        return part
+
+    readers = model.tree(leaf, layout)
+    return jax.tree.map(
+        lambda spec, read: jax.make_array_from_callback(spec.shape, spec.sharding, read), abstract, readers
+    )
+
+
+def dummy_params(model: Decoder, mesh: Mesh, layout: Layout, seed: int) -> Params:
+    """Random weights, drawn on the devices where they stay: norms 1, the rest normal."""
+    abstract = abstract_params(model, mesh, layout)
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+
+    def draw() -> Params:
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        arrays = [
+            jnp.ones(spec.shape, spec.dtype)
+            if "norm" in jax.tree_util.keystr(path)
+            else jax.random.normal(key, spec.shape, spec.dtype) * INIT_SCALE
+            for key, (path, spec) in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, arrays)
+
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda spec: spec.sharding, abstract))()
+
+
+# -- programs --------------------------------------------------------------------------------------------
+
+
+def decode_buckets(max_slots: int, dtype: np.dtype) -> list[int]:
+    """Rows per decode program, fourfold apart. At 16 bits one row alone misses XLA's fast product on CPU
+    (31 ms against 2.2 ms for a head of 49k tokens), so the smallest bucket has two."""
+    least = 1 if dtype.itemsize == 4 else 2
+    sizes = {max(max_slots, least)}
+    size = max_slots
+    while size > least:
+        size = max(size // 4, least)
+        sizes.add(size)
+    return sorted(sizes)
+
+
+def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
+    """Packed tokens -> rows, a fourfold apart; multiples of the attention's query block."""
+    largest = -(-chunk // 128) * 128 if chunk > 128 else -(-chunk // 16) * 16
+    sizes = {largest}
+    while largest > 32:
+        smaller = largest // 4
+        largest = -(-smaller // 128) * 128 if smaller > 128 else max(32, 1 << (smaller - 1).bit_length())
+        sizes.add(largest)
+    most = max(2, min(MAX_PREFILL_ROWS, max_slots))
+    return {tokens: min(most, max(2, tokens // 16)) for tokens in sorted(sizes)}
+
+
+def register_programs(
+    steps: Steps, shape: StateShape, prefill_rows: dict[int, int], layout: Layout
+) -> Programs:
+    """Every program that serving needs, the slowest to compile first."""
+    model, mesh = steps.model, steps.mesh
+    params = abstract_params(model, mesh, layout)
+    state = abstract_state(model.config, shape, model.dtype, mesh)
+    state_out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def ints(*size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
+
+    programs = Programs()
+    for tokens, rows in sorted(prefill_rows.items(), reverse=True):
+
+        def prefill(params: Params, state: Any, packed: jax.Array, tokens: int = tokens, rows: int = rows) -> Any:
+            return steps.prefill_step(params, state, packed, tokens=tokens, max_rows=rows)
+
+        packed = ints(batch.prefill_size(tokens, rows, shape.pages_per_slot))
+        programs.register(
+            Program(
+                "prefill",
+                tokens,
+                prefill,
+                (params, state, packed),
+                donate=(1,),
+                out_shardings=(state_out, everywhere, everywhere),
+            )
+        )
+    for rows in sorted(decode_buckets(shape.max_slots, np.dtype(model.dtype)), reverse=True):
+        programs.register(
+            Program(
+                "decode",
+                rows,
+                steps.decode_step,
+                (params, state, ints(rows, 2 + shape.pages_per_slot)),
+                donate=(1,),
+                out_shardings=(state_out, everywhere),
+            )
+        )
+    for tokens in prefill_rows:
+        hidden = jax.ShapeDtypeStruct((tokens, model.config.hidden_size), model.dtype, sharding=everywhere)
+        programs.register(
+            Program(
+                "prompt_logprobs",
+                tokens,
+                steps.prompt_logprobs,
+                (params, hidden, ints(tokens)),
+                out_shardings=everywhere,
+            )
+        )
+    words = mask_words(model.config.vocab_size)
+    programs.register(
+        Program(
+            "edit_slot", 1, steps.edit_slot, (state, ints(batch.edits_size(words))), (0,), out_shardings=state_out
+        )
+    )
+    return programs
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def memory_limit(device: jax.Device, fraction: float) -> int:
+    """Bytes on one device that weights, pages and programs may take together."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * fraction)
+    return int(_host_memory() * fraction)
+
+
+def _host_memory() -> int:
+    """Bytes free on this host, within the container's bound."""
+    free = psutil.virtual_memory().available
+    try:
+        bound = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, int(bound) - used) if bound.isdecimal() else free
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will run, before any weight is loaded. Bytes are on one device."""
+
+    loaded: Loaded
+    mesh: Mesh
+    layout: Layout
+    model: Decoder
+    steps: Steps
+    shape: StateShape
+    prefill_rows: dict[int, int]
+    programs: Programs
+    page_bytes: int
+    limit: int
+
+
+def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -> Plan:
+    """Reads the model, compiles the largest programs and sizes the pool from what they need.
+
+    Raises ValueError naming the flag and the bytes when memory does not suffice.
+    """
+    shape = parse_mesh(options.mesh)
+    if shape.data > 1 or shape.expert > 1:
+        raise ValueError(f"--mesh {options.mesh}: only the tensor axis is available yet; data and expert must be 1")
+    loaded = read_model(model, options)
+    _check_divisible(loaded.config, shape.tensor)
+    mesh = make_mesh(shape)
+    device = mesh.devices.flat[0]
+    limit = memory_limit(device, options.memory_fraction)
+    layout = layout_for(device.platform)
+    decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
+    pages_per_slot = -(-loaded.max_model_len // options.page_size)
+    steps = Steps(decoder, mesh, pages_per_slot)
+    prefill_rows = prefill_buckets(options.prefill_chunk, options.max_slots)
+    each = page_bytes(loaded.config, options.page_size, loaded.dtype) // shape.tensor
+    progress(f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len}, {device.device_kind} x {mesh.size}")
+
+    def programs_for(pages: int) -> tuple[StateShape, Programs]:
+        state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
+        return state, register_programs(steps, state, prefill_rows, layout)
+
+    # Enough for every slot at full length; beyond that a page could never be used.
+    useful = options.max_slots * pages_per_slot
+    fixed = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract_params(decoder, mesh, layout))
+    )
+    pages = options.kv_pages or min(useful, max(int((limit - fixed) * 0.9) // each, pages_per_slot))
+    state, programs = programs_for(pages)
+    programs.compile(_largest(programs), threads=os.cpu_count() or 1, progress=progress)
+    peak = max(programs.memory(key).peak for key in _largest(programs))
+    if peak > limit:
+        other = peak - pages * each
+        fitting = (limit - other) // each
+        if options.kv_pages is not None or fitting < pages_per_slot:
+            raise ValueError(_too_small(options, pages, pages_per_slot, each, other, limit))
+        pages = fitting
+        state, programs = programs_for(pages)
+    return Plan(loaded, mesh, layout, decoder, steps, state, prefill_rows, programs, each, limit)
+
+
+def _largest(programs: Programs) -> list[tuple[str, int]]:
+    return [(kind, programs.buckets(kind)[-1]) for kind in ("prefill", "decode")]
+
+
+def _too_small(
+    options: EngineOptions, pages: int, pages_per_slot: int, each: int, other: int, limit: int
+) -> str:
+    need = pages if options.kv_pages is not None else pages_per_slot
+    flag = (
+        f"--kv-pages={options.kv_pages}" if options.kv_pages is not None else "one sequence of --max-model-len"
+    )
+    return (
+        f"{flag} needs {need} pages of {each} bytes = {need * each} bytes beside {other} bytes of weights, state"
+        f" and programs; {limit} bytes may be used. Lower --max-model-len, --max-slots, --prefill-chunk or"
+        f" --kv-pages, or raise --memory-fraction={options.memory_fraction}"
+    )
+
+
+def _check_divisible(config: ModelConfig, tensor: int) -> None:
+    for name, size in (
+        ("num_key_value_heads", config.num_kv_heads),
+        ("intermediate_size", config.mlp_size),
+        ("vocab_size", config.vocab_size),
+    ):
+        if size % tensor:
+            raise ValueError(f"--mesh tensor={tensor} does not divide the model's {name}={size}")
+
+
+def _describe(model: Decoder) -> str:
+    layers = model.config.num_layers
+    count = sum(int(np.prod(w.shape)) * (layers if w.per_layer else 1) for w in model.weights)
+    return f"{model.config.model_type} of {count / 1e6:.1f} M parameters in {model.dtype}"
+
+
+# -- the engine ------------------------------------------------------------------------------------------
+
+
+def build_engine(
+    model: str | None, options: EngineOptions, *, progress: Progress = lambda line: None
+) -> Engine:
+    """An engine that is warm: whatever it will run is compiled. Raises ValueError for what cannot be served."""
+    begin = time.perf_counter()
+    enable_compilation_cache(progress)
+    plan = plan_engine(model, options, progress)
+    plan.programs.compile(threads=os.cpu_count() or 1, progress=progress)
+    compiled = time.perf_counter()
+    if options.load_format == "dummy":
+        params = dummy_params(plan.model, plan.mesh, plan.layout, options.seed)
+    else:
+        params = load_params(plan.model, plan.loaded, plan.mesh, plan.layout)
+    jax.block_until_ready(params)
+    progress(f"weights in place after {time.perf_counter() - compiled:.1f} s")
+    tokenizer = None
+    if options.load_format != "dummy" or (plan.loaded.folder / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_folder(plan.loaded.folder)
+    shape, config = plan.shape, plan.loaded.config
+    engine = Engine(
+        limits=Limits(
+            vocab_size=config.vocab_size,
+            max_model_len=plan.loaded.max_model_len,
+            pool_tokens=shape.num_pages * shape.page_size,
+            eos_token_ids=() if tokenizer is None else tuple(tokenizer.eos_token_ids),
+        ),
+        tokenizer=tokenizer,
+        programs=plan.programs,
+        params=params,
+        state=new_state(abstract_state(config, shape, plan.loaded.dtype, plan.mesh)),
+        scheduler=Scheduler(
+            max_slots=shape.max_slots,
+            num_pages=shape.num_pages,
+            page_size=shape.page_size,
+            pages_per_slot=shape.pages_per_slot,
+            prefill_chunk=max(plan.prefill_rows),
+            max_prefill_rows=max(plan.prefill_rows.values()),
+        ),
+        prefill_rows=plan.prefill_rows,
+        seed=options.seed,
+        facts={
+            "model": plan.loaded.name,
+            "dtype": str(plan.loaded.dtype),
+            "slots": shape.max_slots,
+            "pages_total": shape.num_pages,
+            "page_size": shape.page_size,
+            "page_bytes": plan.page_bytes,
+            "max_model_len": plan.loaded.max_model_len,
+        },
+    )
+    rate = warm_up(engine)
+    engine.facts["warmup_tokens_per_second"] = rate
+    engine.facts["startup_seconds"] = time.perf_counter() - begin
+    progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all")
+    return engine
+
+
+def warm_up(engine: Engine) -> float:
+    """Runs every slot for a few tokens; returns the tokens/s of its decode steps with the slots full."""
+    slots, length = engine.facts["slots"], engine.limits.max_model_len
+    new_tokens = min(16, length - 1)
+    prompt_len = max(1, min(16, length - new_tokens))
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    for i in range(slots):
+        prompt = np.arange(i, i + prompt_len) % engine.limits.vocab_size
+        request = check_request(f"warm-up-{i}", prompt, params, engine.limits, time.monotonic())
+        engine.submit(request, lambda output: None)
+    while engine.stats()["waiting"] or engine.stats()["generation_tokens_total"] < slots:
+        engine.step()
+    tokens, begin = engine.stats()["generation_tokens_total"], time.perf_counter()
+    while engine.step():
+        pass
+    rate = (engine.stats()["generation_tokens_total"] - tokens) / (time.perf_counter() - begin)
+    engine.reset_counters()
+    return rate
+
+
+def dry_run(model: str | None, options: EngineOptions, progress: Progress = lambda line: None) -> str:
+    """The programs, the pool and what fits, without loading a weight."""
+    enable_compilation_cache(progress)
+    plan = plan_engine(model, options, progress)
+    plan.programs.compile(threads=os.cpu_count() or 1, progress=progress)
+    shape = plan.shape
+    lines = [f"{'program':<24}{'arguments':>16}{'temporary':>16}{'peak':>16}  bytes on one device"]
+    for key in plan.programs.keys():
+        memory = plan.programs.memory(key)
+        lines.append(f"{key[0] + ' ' + str(key[1]):<24}{memory.arguments:>16}{memory.temporary:>16}{memory.peak:>16}")
+    peak = max(plan.programs.memory(key).peak for key in plan.programs.keys())
+    tokens = shape.num_pages * shape.page_size
+    lines += [
+        f"pool: {shape.num_pages} pages of {shape.page_size} tokens = {tokens} tokens,"
+        f" {shape.num_pages * plan.page_bytes} bytes on each of {plan.mesh.size} device(s)",
+        f"slots: {shape.max_slots}; sequences of {plan.loaded.max_model_len} tokens that fit together:"
+        f" {min(shape.max_slots, shape.num_pages // shape.pages_per_slot)}",
+        f"memory: {peak} of {plan.limit} bytes ({peak / plan.limit:.1%}) -> fits",
+    ]
+    return "\n".join(lines)
+
+
+def enable_compilation_cache(progress: Progress) -> None:
+    """JAX's persistent cache, for every program however small. An unwritable folder is a warning."""
+    folder = Path(
+        os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve" / "xla"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        progress(f"warning: no compilation cache, {folder} cannot be written ({error.strerror}); starts will be slower")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", -1.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,224 @@
+"""What follows hidden states: drawing a token, and log-probabilities of tokens that are given.
+
+Everything is a reduction over the vocabulary, so that a vocabulary sharded over devices stays sharded: a
+filter is a threshold found by bisection, not a sort; a draw inverts the cumulative distribution block by
+block. A row's bits depend on its own logits, parameters, seed and position alone.
+
+Order, as in vLLM: token mask, logit bias, min_tokens, penalties, temperature, min-p, top-k, top-p. Filters
+keep ties. Log-probabilities are the model's own, before all of these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxserve.engine.batch import EDITED, LOGPROBS, RESULT_WIDTH, SamplingRows
+from jaxserve.scheduler.types import MAX_LOGPROBS
+
+BLOCK = 128  # tokens of the vocabulary that a draw looks at together
+
+
+class Edits(NamedTuple):
+    """The state's rows that change logits; see `EngineState`."""
+
+    counts: Int[Array, "B V"]
+    prompt: UInt32[Array, "B W"]
+    allowed: UInt32[Array, "B W"]
+    bias_tokens: Int[Array, "B n"]
+    bias: Float[Array, "B n"]
+
+
+def sample(
+    logits: Float[Array, "B V"], rows: SamplingRows, edits: Edits, positions: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    """The token that each row draws for `positions`."""
+    with jax.named_scope("sample"):
+        edited = (rows.flags & EDITED) != 0
+        logits = jax.lax.cond(
+            jnp.any(edited), lambda x: _edit(x, rows, edits, edited), lambda x: x, logits
+        )
+        early = positions < rows.min_end
+        logits = jax.lax.cond(jnp.any(early), lambda x: _forbid_stop(x, rows, early), lambda x: x, logits)
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        greedy = rows.temperature == 0
+        return jax.lax.cond(
+            jnp.all(greedy),
+            lambda x: best,
+            lambda x: jnp.where(greedy, best, _draw(x, rows, positions)),
+            logits,
+        )
+
+
+def _edit(
+    logits: Float[Array, "B V"], rows: SamplingRows, edits: Edits, edited: Bool[Array, " B"]
+) -> Float[Array, "B V"]:
+    vocab = logits.shape[1]
+    kept = jnp.where(_bits(edits.allowed, vocab), logits, -jnp.inf)
+    index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    kept = kept.at[index, edits.bias_tokens].add(edits.bias, mode="drop")
+    generated = edits.counts > 0
+    repetition = rows.repetition_penalty[:, None]
+    repeated = jnp.where(kept > 0, kept / repetition, kept * repetition)
+    kept = jnp.where(generated | _bits(edits.prompt, vocab), repeated, kept)
+    kept = kept - rows.frequency_penalty[:, None] * edits.counts.astype(jnp.float32)
+    kept = jnp.where(generated, kept - rows.presence_penalty[:, None], kept)
+    return jnp.where(edited[:, None], kept, logits)
+
+
+def _bits(words: UInt32[Array, "B W"], vocab: int) -> Bool[Array, "B V"]:
+    shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    bits = (words[:, :, None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(words.shape[0], -1)[:, :vocab] != 0
+
+
+def _forbid_stop(
+    logits: Float[Array, "B V"], rows: SamplingRows, early: Bool[Array, " B"]
+) -> Float[Array, "B V"]:
+    vocab = logits.shape[1]
+    index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    targets = jnp.where(early[:, None] & (rows.stop >= 0), rows.stop, vocab)
+    return logits.at[index, targets].set(-jnp.inf, mode="drop")
+
+
+def _draw(
+    logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"]
+) -> Int[Array, " B"]:
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    scaled = logits / temperature[:, None]
+    # Relative to the likeliest: 1 for it, and the order of floats from 0 to 1 is the order of their bits.
+    odds = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    odds = jnp.where(odds >= rows.min_p[:, None], odds, 0.0)
+    vocab = logits.shape[1]
+    odds = jax.lax.cond(
+        jnp.any((rows.top_k > 0) & (rows.top_k < vocab)), lambda x: _top_k(x, rows.top_k), lambda x: x, odds
+    )
+    odds = jax.lax.cond(jnp.any(rows.top_p < 1), lambda x: _top_p(x, rows.top_p), lambda x: x, odds)
+    return _invert(odds, _uniform(rows, positions))
+
+
+def _top_k(odds: Float[Array, "B V"], k: Int[Array, " B"]) -> Float[Array, "B V"]:
+    vocab = odds.shape[1]
+    wanted = jnp.where(k > 0, jnp.minimum(k, vocab), vocab)
+    threshold = _largest_threshold(
+        odds, lambda at_least: jnp.sum(at_least, axis=-1, dtype=jnp.int32) >= wanted
+    )
+    return jnp.where(odds >= threshold[:, None], odds, 0.0)
+
+
+def _top_p(odds: Float[Array, "B V"], p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    wanted = jnp.where(p < 1, p, 0.0) * jnp.sum(odds, axis=-1)
+    threshold = _largest_threshold(
+        odds, lambda at_least: jnp.sum(jnp.where(at_least, odds, 0.0), axis=-1) >= wanted
+    )
+    return jnp.where((odds >= threshold[:, None]) | (p >= 1)[:, None], odds, 0.0)
+
+
+def _largest_threshold(odds: Float[Array, "B V"], enough: object) -> Float[Array, " B"]:
+    """The largest f32 t for which `enough(odds >= t)` holds; it holds for 0. By bisection over t's bits."""
+    rows = odds.shape[0]
+    one = 0x3F800000  # the bits of 1.0
+
+    def body(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # enough at low, not at high
+        middle = low + (high - low) // 2
+        ok = enough(odds >= _from_bits(middle)[:, None])  # type: ignore[operator]
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    low, _ = jax.lax.fori_loop(
+        0, 30, body, (jnp.zeros(rows, jnp.int32), jnp.full(rows, one + 1, jnp.int32))
+    )
+    return _from_bits(low)
+
+
+def _from_bits(bits: Int[Array, " B"]) -> Float[Array, " B"]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _uniform(rows: SamplingRows, positions: Int[Array, " B"]) -> Float[Array, " B"]:
+    """One number in [0, 1) per row, from its seed and position alone."""
+    words = jnp.stack([rows.seed_high, rows.seed_low], axis=-1)
+    keys = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(words, jnp.uint32), impl="threefry2x32")
+    return jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
+        keys, positions
+    )
+
+
+def _invert(odds: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first token at which the cumulative sum of `odds` exceeds u times its total."""
+    count, vocab = odds.shape
+    blocks = jnp.pad(odds, ((0, 0), (0, -vocab % BLOCK))).reshape(count, -1, BLOCK)
+    index, left = _locate(jnp.sum(blocks, axis=-1), u, relative=True)
+    chosen = jnp.arange(blocks.shape[1], dtype=jnp.int32)[None, :] == index[:, None]
+    block = jnp.sum(jnp.where(chosen[:, :, None], blocks, 0.0), axis=1)
+    inner, _ = _locate(block, left, relative=False)
+    return index * BLOCK + inner
+
+
+def _locate(
+    weights: Float[Array, "B n"], target: Float[Array, " B"], *, relative: bool
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """(the first entry whose cumulative sum exceeds the target, what of the target lies within it).
+
+    Rounding can leave the target at or beyond the last sum; the last entry above 0 is taken then.
+    """
+    sums = jnp.cumsum(weights, axis=-1)
+    target = target * sums[:, -1] if relative else target
+    index = jnp.sum(sums <= target[:, None], axis=-1, dtype=jnp.int32)
+    places = jnp.arange(weights.shape[1], dtype=jnp.int32)[None, :]
+    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
+    index = jnp.minimum(index, last)
+    before = jnp.take_along_axis(sums - weights, index[:, None], axis=1)[:, 0]
+    return index, jnp.maximum(target - before, 0.0)
+
+
+def logprob_columns(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], shards: int
+) -> Int[Array, "B result"]:
+    """Rows of RESULT_WIDTH: token, its logprob and rank, then the likeliest tokens and their logprobs."""
+    with jax.named_scope("logprobs"):
+        total = jax.nn.logsumexp(logits, axis=-1)
+        own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
+        rank = 1 + jnp.sum(logits > own[:, None], axis=-1, dtype=jnp.int32)
+        values, ids = _top(logits, shards)
+        return _columns(tokens, own - total, rank, ids, values - total[:, None])
+
+
+def result_columns(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], rows: SamplingRows, shards: int
+) -> Int[Array, "B result"]:
+    """As `logprob_columns` where any row asks for logprobs, else the tokens alone."""
+    bare = jnp.zeros((tokens.shape[0], RESULT_WIDTH), jnp.int32).at[:, 0].set(tokens)
+    return jax.lax.cond(
+        jnp.any((rows.flags & LOGPROBS) != 0),
+        lambda x: logprob_columns(x, tokens, shards),
+        lambda x: bare,
+        logits,
+    )
+
+
+def _top(logits: Float[Array, "B V"], shards: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """The MAX_LOGPROBS likeliest, best first: within each shard of the vocabulary, then among those."""
+    rows, vocab = logits.shape
+    width = vocab // shards
+    keep = min(MAX_LOGPROBS, width)
+    values, ids = jax.lax.top_k(logits.reshape(rows, shards, width), keep)
+    ids = ids + jnp.arange(shards, dtype=jnp.int32)[None, :, None] * width
+    values, ids = values.reshape(rows, -1), ids.reshape(rows, -1)
+    if shards > 1:
+        values, order = jax.lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
+        ids = jnp.take_along_axis(ids, order, axis=1)
+    short = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))  # a vocabulary smaller than MAX_LOGPROBS
+    return jnp.pad(values, short, constant_values=-jnp.inf), jnp.pad(ids, short, constant_values=-1)
+
+
+def _columns(tokens: Array, logprobs: Array, ranks: Array, ids: Array, values: Array) -> Array:
+    def bits(x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+    return jnp.concatenate(
+        [tokens[:, None], bits(logprobs)[:, None], ranks[:, None], ids, bits(values)], axis=1
+    )

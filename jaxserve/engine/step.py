@@ -1,0 +1,211 @@
+"""The device's side of a step, as pure functions: state in, state out.
+
+`prefill` and `decode` end in hidden states; the `*_step` functions add the head that draws, and are what is
+compiled. Two small ones stand beside them: `edit_slot` and `prompt_logprobs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxserve.engine import heads
+from jaxserve.engine.batch import (
+    EDITED,
+    PrefillBatch,
+    SamplingRows,
+    unpack_prefill,
+    unpack_sampling,
+)
+from jaxserve.engine.state import EngineState, mask_words
+from jaxserve.models.decoder import Attend, Decoder, Params, Pool
+from jaxserve.scheduler.types import MAX_LOGIT_BIAS
+from pallas_kernels import decode_attention, prefill_attention
+from sharding import partition_spec
+
+LOGPROB_CHUNK = 64  # prompt tokens whose whole vocabulary row exists at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The step functions of one model on one mesh."""
+
+    model: Decoder
+    mesh: Mesh
+    pages_per_slot: int
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape["tensor"]
+
+    def prefill(
+        self, params: Params, pool: Pool, batch: PrefillBatch
+    ) -> tuple[Float[Array, "T D"], Pool]:
+        """Hidden states of packed chunks, and the pool with their keys and values."""
+
+        def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
+            return prefill_attention(q, kv, pool, layer, *rows, window, scale=self._scale)
+
+        rows = (batch.tables, batch.starts, batch.counts, batch.offsets)
+        return self.model.hidden_states(
+            params, pool, batch.tokens, batch.positions, self._attend(call, rows)
+        )
+
+    def decode(
+        self,
+        params: Params,
+        pool: Pool,
+        tokens: Int[Array, " B"],
+        positions: Int[Array, " B"],
+        tables: Int[Array, "B PP"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Float[Array, "B D"], Pool]:
+        """Hidden states of one token per row, and the pool with its key and value. Inactive rows write nothing."""
+
+        def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
+            return decode_attention(q, kv, pool, layer, *rows, window, scale=self._scale)
+
+        rows = (tables, jnp.where(active, positions + 1, 0))
+        return self.model.hidden_states(params, pool, tokens, positions, self._attend(call, rows))
+
+    def prefill_step(
+        self, params: Params, state: EngineState, packed: Int[Array, " n"], *, tokens: int, max_rows: int
+    ) -> tuple[EngineState, Int[Array, "R result"], Float[Array, "T D"]]:
+        """The state after packed chunks, what was drawn after each prompt that ends here, hidden states."""
+        batch = unpack_prefill(packed, tokens=tokens, max_rows=max_rows, pages_per_slot=self.pages_per_slot)
+        hidden, pool = self.prefill(params, state.pool, batch)
+        ends = jnp.clip(batch.starts + batch.counts - 1, 0, tokens - 1)
+        used = batch.slots >= 0
+        state = dataclasses.replace(
+            state, pool=pool, sampling=_scatter(state.sampling, batch.slots, used, batch.sampling)
+        )
+        return *self._draw(
+            params,
+            state,
+            hidden[ends],
+            unpack_sampling(batch.sampling),
+            batch.slots,
+            positions=batch.offsets + batch.counts,
+            active=used & (batch.last != 0),
+            reset=used,
+        ), hidden
+
+    def decode_step(
+        self, params: Params, state: EngineState, packed: Int[Array, "B n"]
+    ) -> tuple[EngineState, Int[Array, "B result"]]:
+        """The state after one more token in each row that is not done, and those tokens."""
+        slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
+        at = jnp.maximum(slots, 0)
+        active = (slots >= 0) & ~state.done[at]
+        positions = jnp.maximum(positions, 0)
+        hidden, pool = self.decode(params, state.pool, state.tokens[at], positions, tables, active)
+        state = dataclasses.replace(state, pool=pool)
+        rows = unpack_sampling(state.sampling[at])
+        return self._draw(
+            params, state, hidden, rows, slots, positions=positions + 1, active=active, reset=active
+        )
+
+    def _draw(
+        self,
+        params: Params,
+        state: EngineState,
+        hidden: Float[Array, "B D"],
+        rows: SamplingRows,
+        slots: Int[Array, " B"],
+        *,
+        positions: Int[Array, " B"],
+        active: Bool[Array, " B"],
+        reset: Bool[Array, " B"],
+    ) -> tuple[EngineState, Int[Array, "B result"]]:
+        """Draws for `positions` where active; `reset` rows get a new `done`."""
+        at = jnp.maximum(slots, 0)
+        logits = self.model.logits(params, hidden)
+        # an unused row must not switch the optional parts on
+        rows = rows._replace(
+            flags=jnp.where(active, rows.flags, 0),
+            temperature=jnp.where(active, rows.temperature, 0.0),
+            min_end=jnp.where(active, rows.min_end, 0),
+        )
+        edits = heads.Edits(
+            state.counts[at], state.prompt[at], state.allowed[at], state.bias_tokens[at], state.bias[at]
+        )
+        drawn = heads.sample(logits, rows, edits, positions)
+        drawn = jnp.where(active, drawn, -1)
+        stopped = jnp.any(rows.stop == drawn[:, None], axis=1) | (positions + 1 >= rows.limit)
+        edited = active & ((rows.flags & EDITED) != 0)
+        counted = jnp.where(edited, at, state.counts.shape[0])
+        state = dataclasses.replace(
+            state,
+            tokens=_scatter(state.tokens, slots, active, drawn),
+            done=_scatter(state.done, slots, reset, active & stopped),
+            counts=state.counts.at[counted, jnp.maximum(drawn, 0)].add(1, mode="drop"),
+        )
+        return state, heads.result_columns(logits, drawn, rows, self.shards)
+
+    def edit_slot(self, state: EngineState, packed: Int[Array, " n"]) -> EngineState:
+        """The state with a slot's logit edits replaced; see `batch.pack_edits`."""
+        words = mask_words(self.model.config.vocab_size)
+        slot = packed[0]
+        parts = jnp.split(packed[1:], [words, 2 * words, 2 * words + MAX_LOGIT_BIAS])
+        allowed, prompt, bias_tokens, bias = parts
+
+        def bits(x: Array, dtype: object) -> Array:
+            return jax.lax.bitcast_convert_type(x, dtype)
+
+        return dataclasses.replace(
+            state,
+            counts=state.counts.at[slot].set(0),
+            allowed=state.allowed.at[slot].set(bits(allowed, jnp.uint32)),
+            prompt=state.prompt.at[slot].set(bits(prompt, jnp.uint32)),
+            bias_tokens=state.bias_tokens.at[slot].set(bias_tokens),
+            bias=state.bias.at[slot].set(bits(bias, jnp.float32)),
+        )
+
+    def prompt_logprobs(
+        self, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+    ) -> Int[Array, "T result"]:
+        """Rows of results for tokens that are given: how likely was targets[t] after hidden[t].
+
+        LOGPROB_CHUNK rows of the vocabulary exist at a time.
+        """
+        chunk = min(LOGPROB_CHUNK, hidden.shape[0])
+
+        def part(pair: tuple[Array, Array]) -> Array:
+            return heads.logprob_columns(self.model.logits(params, pair[0]), pair[1], self.shards)
+
+        rows = jax.lax.map(part, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
+        return rows.reshape(hidden.shape[0], -1)
+
+    @property
+    def _scale(self) -> float:
+        return self.model.config.head_dim**-0.5
+
+    def _attend(self, call: object, rows: tuple[Array, ...]) -> Attend:
+        """`call` on each device's own heads: attention needs nothing from the others."""
+        if self.mesh.size == 1:
+            return lambda q, kv, pool, layer, window: call(q, kv, pool, layer, window, *rows)  # type: ignore[operator]
+        q_spec = partition_spec(("token", "heads", "head"))
+        kv_spec = partition_spec(("token", "kv_heads"))
+        pool_spec = partition_spec(("layer", "page", "token", "kv_heads"))
+        everywhere = PartitionSpec()
+        mapped = jax.shard_map(
+            call,
+            mesh=self.mesh,
+            in_specs=(q_spec, kv_spec, pool_spec, everywhere, everywhere, *(everywhere for _ in rows)),
+            out_specs=(q_spec, pool_spec),
+            check_vma=False,
+        )
+        return lambda q, kv, pool, layer, window: mapped(q, kv, pool, layer, window, *rows)
+
+
+def _scatter(
+    array: Array, slots: Int[Array, " B"], chosen: Bool[Array, " B"], values: Array
+) -> Array:
+    """`array` with `values[i]` at `slots[i]` where chosen."""
+    return array.at[jnp.where(chosen, slots, array.shape[0])].set(values, mode="drop")
+
+

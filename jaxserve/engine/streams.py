@@ -1,0 +1,87 @@
+"""A sequence's way out: tokens that were read back become text, stop strings are found, increments are sent.
+
+Knows nothing of slots, pages or programs.
+"""
+
+from __future__ import annotations
+
+from jaxserve.engine.batch import Results
+from jaxserve.engine.outputs import Output, Sink, TokenLogprob
+from jaxserve.scheduler.types import Finish, Sequence
+from jaxserve.text.detokenizer import Detokenizer
+from jaxserve.text.stop_strings import StopStrings
+from jaxserve.text.tokenizer import Tokenizer
+
+
+class Stream:
+    """One sequence's outputs. Without a tokenizer there is no text, and stop strings never match."""
+
+    def __init__(self, sequence: Sequence, sink: Sink, tokenizer: Tokenizer | None) -> None:
+        request, params = sequence.request, sequence.request.params
+        self._request_id = request.request_id
+        self._index = sequence.index
+        self._sink = sink
+        self._detokenizer = None
+        if tokenizer is not None:
+            self._detokenizer = Detokenizer(
+                tokenizer, request.prompt_token_ids.tolist(), skip_special_tokens=params.skip_special_tokens
+            )
+        self._stops = StopStrings(params.stop)
+        self._logprobs = params.logprobs
+        self._own_stops = frozenset(params.stop_token_ids)
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        if params.prompt_logprobs is not None and sequence.index == 0:
+            self._prompt_logprobs = [None]
+        self._prompt_top = params.prompt_logprobs or 0
+
+    def prompt_logprobs(self, results: Results, first: int, count: int) -> None:
+        """Takes in the prompt's log-probabilities at rows first .. first+count."""
+        if self._prompt_logprobs is not None:
+            rows = range(first, first + count)
+            self._prompt_logprobs += [
+                token_logprob(results, row, self._prompt_top) for row in rows if results.tokens[row] >= 0
+            ]
+
+    def push(self, token: int, finish: Finish | None, results: Results, row: int) -> bool:
+        """Sends what `token` (-1: none) completes. True if a stop string ended the sequence here."""
+        output = Output(self._request_id, self._index, finish_reason=finish)
+        output.prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        if token >= 0:
+            output.token_ids.append(token)
+            if self._logprobs is not None:
+                output.logprobs = [token_logprob(results, row, self._logprobs)]
+        if finish is Finish.STOP:
+            output.stop_reason = token if token in self._own_stops else None
+        text, stopped = self._text(token, finish)
+        output.text = text
+        if stopped is not None:
+            output.finish_reason, output.stop_reason = Finish.STOP, stopped
+        self._sink(output)
+        return stopped is not None and finish is None
+
+    def _text(self, token: int, finish: Finish | None) -> tuple[str, str | None]:
+        if self._detokenizer is None:
+            return "", None
+        text = ""
+        if token >= 0 and finish is not Finish.STOP:  # a stop token is not part of the text
+            text = self._detokenizer.push(token)
+        if finish is not None:
+            text += self._detokenizer.flush()
+        text, stopped = self._stops.push(text)
+        if stopped is None and finish is not None:
+            text += self._stops.flush()
+        return text, stopped
+
+    def end(self, *, error: str | None = None) -> None:
+        """Sends the last increment of a sequence that was aborted or lost."""
+        self._sink(Output(self._request_id, self._index, finish_reason=Finish.ABORT, error=error))
+
+
+def token_logprob(results: Results, row: int, top: int) -> TokenLogprob:
+    alternatives = zip(results.top_tokens[row, :top].tolist(), results.top_logprobs[row, :top].tolist(), strict=True)
+    return TokenLogprob(
+        token_id=int(results.tokens[row]),
+        logprob=float(results.logprobs[row]),
+        rank=int(results.ranks[row]),
+        top=tuple((token, value) for token, value in alternatives if token >= 0),
+    )

@@ -1,0 +1,49 @@
+"""Decode attention: one new token per row over its paged cache, its key and value written on the way."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_attention import reference
+
+IMPLEMENTATIONS = ("xla",)
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    kv: Float[Array, "B 2KH"],
+    pool: Float[Array, "L P page 2KH"],
+    layer: Int[Array, ""],
+    table: Int[Array, "B PP"],
+    lengths: Int[Array, " B"],
+    window: Int[Array, ""],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "L P page 2KH"]]:
+    """(what each row's query saw, the pool with the new token in it).
+
+    lengths: cached positions including the new token, which lies at `lengths - 1`; 0 is an empty row, whose
+        output is zero and which writes nothing.
+    table: the row's pages in order; unused entries negative.
+    window: positions seen, the query's own included; a huge one sees all.
+    Raises ValueError for shapes that do not fit or an implementation that is not there.
+    """
+    check(q, kv, pool, table, rows=q.shape[0])
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"{implementation=} of decode attention is not one of {IMPLEMENTATIONS}")
+    with jax.named_scope("decode_attention"):
+        return reference.decode_attention(q, kv, pool, layer, table, lengths, window, scale=scale)
+
+
+def check(q: Array, kv: Array, pool: Array, table: Array, *, rows: int) -> None:
+    tokens, heads, size = q.shape
+    if kv.shape != (tokens, pool.shape[-1]):
+        raise ValueError(f"{kv.shape=} must be ({tokens}, {pool.shape[-1]}): tokens, then 2·K·H as in the pool")
+    if pool.shape[-1] % (2 * size) or heads % (pool.shape[-1] // (2 * size)):
+        raise ValueError(f"{q.shape=} and {pool.shape=} share no whole number of key/value heads")
+    if table.shape[0] != rows:
+        raise ValueError(f"{table.shape=} must have {rows} rows")
+    if q.dtype != pool.dtype or kv.dtype != pool.dtype:
+        raise ValueError(f"{q.dtype=}, {kv.dtype=} and {pool.dtype=} differ")
