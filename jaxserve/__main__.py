@@ -1,0 +1,10 @@
+"""`python -m jaxserve`: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from jaxserve.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

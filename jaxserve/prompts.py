@@ -1,0 +1,45 @@
+"""From what a user calls a prompt to token ids, for the server, the command line and `LLM` alike.
+
+Everything that is wrong with a prompt is a `RequestError` that names the field. Knows nothing of HTTP, and
+nothing of lengths, which `check_request` checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxserve.protocols import TokenizerLike
+from jaxserve.scheduler.types import RequestError
+
+
+def encode_text(
+    tokenizer: TokenizerLike | None, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+) -> list[int]:
+    """The token ids of `text`, which may not be empty."""
+    if tokenizer is None:
+        raise RequestError(f"this model has no tokenizer: {param} must be token ids", param=param)
+    if not text:
+        raise RequestError("the prompt is empty: it must hold at least one token", param=param)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def encode_chat(
+    tokenizer: TokenizerLike | None, messages: Sequence[Mapping[str, Any]], *, param: str = "messages"
+) -> list[int]:
+    """The token ids of a conversation, ending where the assistant's turn begins."""
+    if tokenizer is None:
+        raise RequestError("this model has no tokenizer, so it cannot chat", param=param)
+    if not tokenizer.has_chat_template:
+        raise RequestError("this model has no chat template: use completions instead", param=param)
+    if not messages:
+        raise RequestError("messages is empty: it must hold at least one message", param=param)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # a template is a program that came with the model: any exception can leave it
+        raise RequestError(f"the chat template refuses these messages: {error}", param=param) from error
+
+
+def token_text(tokenizer: TokenizerLike | None, token_id: int) -> str:
+    """What one token is called in a list of log-probabilities; vLLM's form where there is no tokenizer."""
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.token_text(token_id)

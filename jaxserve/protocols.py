@@ -1,0 +1,58 @@
+"""What the server, the command line and `LLM` need of an engine and of a tokenizer, and no more.
+
+The engine and the text package satisfy these by their form; the tests' fakes do too, which is why nothing
+on this side imports jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxserve.engine.outputs import Sink
+from jaxserve.scheduler.types import Limits, Request
+
+
+class TokenizerLike(Protocol):
+    """Text to token ids and back; see `jaxserve.text`."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]: ...
+
+
+class EngineLike(Protocol):
+    """A running engine. `submit` and `abort` are safe from any thread and return at once."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def tokenizer(self) -> TokenizerLike | None: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    def submit(self, request: Request, sink: Sink) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,263 @@
+"""`/v1/completions`: text in, text out.
+
+Source of the form: OpenAI's API reference, "Completions (legacy)". A prompt is text, token ids, or a list
+of either; choices are numbered prompt by prompt, `n` for each.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import ASGIApp
+
+from jaxserve.engine.outputs import Output, TokenLogprob
+from jaxserve.prompts import encode_text, token_text
+from jaxserve.protocols import EngineLike, TokenizerLike
+from jaxserve.scheduler.types import Request, RequestError, check_request
+from jaxserve.server.api import results
+from jaxserve.server.api.fields import MAX_SEQUENCES, SamplingFields, take_known
+from jaxserve.server.body import off_loop, parse_object, read_body, validate
+from jaxserve.server.context import context_of
+from jaxserve.server.errors import bad_request, from_request_error, json_response
+from jaxserve.server.stream import EventStream, unless_client_leaves
+
+DEFAULT_MAX_TOKENS = 16
+
+
+# --- model ---------------------------------------------------------------------------------------------
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Any  # checked by `split_prompts`: pydantic's errors for a union of four forms name none of them
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+
+def split_prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts, each a text or token ids. Raises RequestError."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise RequestError("prompt must be a string, token ids, or a list of either", param="prompt")
+    if not prompt:
+        raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
+    if not isinstance(prompt[0], str | list):
+        return [_token_ids(prompt)]
+    if len(prompt) > MAX_SEQUENCES:
+        raise RequestError(f"prompt has {len(prompt)} prompts; at most {MAX_SEQUENCES}", param="prompt")
+    if all(isinstance(part, str) for part in prompt):
+        return list(prompt)
+    if all(isinstance(part, list) for part in prompt):
+        return [_token_ids(part) for part in prompt]
+    raise RequestError("prompt mixes strings and token ids", param="prompt")
+
+
+def _token_ids(ids: list[Any]) -> list[int]:
+    if not all(type(token) is int for token in ids):  # not isinstance: True is no token id
+        raise RequestError("prompt: token ids must be integers of at most 64 bits", param="prompt")
+    return ids
+
+
+# --- route ---------------------------------------------------------------------------------------------
+
+
+async def create_completion(http: HttpRequest) -> ASGIApp:
+    context = context_of(http)
+    engine = context.holder.ready()
+    data = await read_body(http.scope, http.receive, context.max_body_bytes)
+    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model))
+    call = context.bridge.open(engine, job.requests)
+    if job.fields.stream:
+        return EventStream(call, job.chunks, job.closing)
+    choices = await unless_client_leaves(http.receive, results.collect(call, job.requests))
+    return json_response(job.answer(choices))
+
+
+def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None]) -> CompletionJob:
+    """Everything that can be wrong with a request is found here, before any of it is submitted."""
+    fields = validate(CompletionRequest, take_known(parse_object(data)))
+    check_model(fields.model)
+    fields.check_streaming()
+    if fields.best_of is not None and fields.best_of != fields.n:
+        raise bad_request(
+            "best_of other than n is not supported yet", param="best_of", code="unsupported_parameter"
+        )
+    try:
+        return CompletionJob(fields, engine)
+    except RequestError as error:
+        raise from_request_error(error) from None
+
+
+# --- translation ---------------------------------------------------------------------------------------
+
+
+class CompletionJob:
+    """A valid request: what to ask of the engine, and how to say what it answers."""
+
+    def __init__(self, fields: CompletionRequest, engine: EngineLike) -> None:
+        self.fields = fields
+        self.tokenizer = engine.tokenizer
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": fields.model,
+        }
+        prompts = split_prompts(fields.prompt)
+        params = fields.sampling(
+            max_tokens=DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
+            logprobs=fields.logprobs,
+            prompt_logprobs=self._prompt_logprobs(),
+        )
+        if len(prompts) * fields.n > MAX_SEQUENCES:
+            raise RequestError(
+                f"{len(prompts)} prompts times n={fields.n} are more than {MAX_SEQUENCES} sequences",
+                param="n",
+            )
+        self.requests: list[Request] = []
+        for number, prompt in enumerate(prompts):
+            ids = prompt
+            if isinstance(ids, str):
+                ids = encode_text(self.tokenizer, ids, add_special_tokens=fields.add_special_tokens)
+            request_id = f"{self.head['id']}-{number}"
+            self.requests.append(check_request(request_id, ids, params, engine.limits, time.monotonic()))
+        self._echo = [self._echoed(prompt) for prompt in prompts] if fields.echo else None
+        self._completion_tokens = 0
+        self._begun: set[int] = set()  # choices whose echo was streamed
+        self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
+        self._prompt_entries: dict[int, Sequence[TokenLogprob | None]] = {}
+        self._held: dict[int, list[Output]] = {}  # prompt -> increments that came before its echo's logprobs
+
+    def _prompt_logprobs(self) -> int | None:
+        """What `echo` needs of the prompt, over what was asked for."""
+        fields = self.fields
+        if not fields.echo:
+            return fields.prompt_logprobs
+        needed = fields.logprobs
+        if needed is None and fields.max_tokens == 0:
+            needed = 0  # nothing is generated: the engine still needs something to do
+        asked = [count for count in (needed, fields.prompt_logprobs) if count is not None]
+        return max(asked, default=None)
+
+    def _echoed(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(prompt, skip_special_tokens=self.fields.skip_special_tokens)
+
+    def answer(self, choices: Sequence[Sequence[results.Choice]]) -> dict[str, Any]:
+        """The whole reply at once."""
+        body = []
+        for prompt, sequences in enumerate(choices):
+            entries = sequences[0].prompt_logprobs or ()
+            for index, choice in enumerate(sequences):
+                number = prompt * self.fields.n + index
+                echo = self._echo[prompt] if self._echo is not None else ""
+                item = {
+                    "index": number,
+                    "text": echo + choice.text,
+                    "logprobs": self._logprobs(number, entries if self._echo else (), choice.logprobs),
+                    "finish_reason": choice.finish_reason,
+                }
+                if self.fields.prompt_logprobs is not None:
+                    item["prompt_logprobs"] = results.prompt_logprobs_body(
+                        self.tokenizer, entries, self.fields.prompt_logprobs
+                    )
+                body.append(item)
+        tokens = sum(choice.tokens for sequences in choices for choice in sequences)
+        return {**self.head, "choices": body, "usage": results.usage(self.requests, tokens)}
+
+    def chunks(self, prompt: int, output: Output) -> Iterable[dict[str, Any]]:
+        """The chunks that an increment makes. With echo and logprobs, a prompt's sequences wait for the
+        prompt's own, which come with index 0."""
+        if self._echo is not None and self.fields.logprobs is not None and prompt not in self._prompt_entries:
+            if output.prompt_logprobs is None:
+                self._held.setdefault(prompt, []).append(output)
+                return
+            self._prompt_entries[prompt] = output.prompt_logprobs
+        yield self._chunk(prompt, output)
+        for held in self._held.pop(prompt, ()):
+            yield self._chunk(prompt, held)
+
+    def _chunk(self, prompt: int, output: Output) -> dict[str, Any]:
+        number = prompt * self.fields.n + output.index
+        self._completion_tokens += len(output.token_ids)
+        text = output.text
+        entries: Sequence[TokenLogprob | None] = ()
+        if self._echo is not None and number not in self._begun:
+            self._begun.add(number)
+            text = self._echo[prompt] + text
+            entries = self._prompt_entries.get(prompt, ())
+        chunk = {
+            **self.head,
+            "choices": [
+                {
+                    "index": number,
+                    "text": text,
+                    "logprobs": self._logprobs(number, entries, output.logprobs or ()),
+                    "finish_reason": output.finish_reason,
+                }
+            ],
+        }
+        if self.fields.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def closing(self) -> Iterable[dict[str, Any]]:
+        if self.fields.include_usage:
+            yield {
+                **self.head,
+                "choices": [],
+                "usage": results.usage(self.requests, self._completion_tokens),
+            }
+
+    def _logprobs(
+        self, number: int, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob]
+    ) -> dict[str, Any] | None:
+        """The completions form, for the prompt's entries (with echo) and the generated ones after them."""
+        if self.fields.logprobs is None:
+            return None
+        body: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        if prompt:
+            first = int(self.requests[number // self.fields.n].prompt_token_ids[0])
+            prompt_ids = [first if entry is None else entry.token_id for entry in prompt]
+        else:
+            prompt_ids = []
+        offset = self._offsets.get(number, 0)
+        ids = [*prompt_ids, *(entry.token_id for entry in generated)]
+        for token, entry in zip(ids, [*prompt, *generated], strict=True):
+            text = token_text(self.tokenizer, token)
+            body["tokens"].append(text)
+            body["text_offset"].append(offset)
+            offset += self._width(token, text)
+            body["token_logprobs"].append(None if entry is None else results.finite(entry.logprob))
+            body["top_logprobs"].append(None if entry is None else _top(self.tokenizer, entry, self.fields))
+        self._offsets[number] = offset
+        return body
+
+    def _width(self, token: int, text: str) -> int:
+        """Characters that a token adds to the reply's text; a special token that is skipped adds none."""
+        if self.tokenizer is None:
+            return 0
+        hidden = self.fields.skip_special_tokens and not self.tokenizer.decode([token])
+        return 0 if hidden else len(text)
+
+
+def _top(tokenizer: TokenizerLike | None, entry: TokenLogprob, fields: CompletionRequest) -> dict[str, float]:
+    """Text -> logprob of the likeliest tokens and of the token itself; of two with one text, the likelier."""
+    top: dict[str, float] = {}
+    for token, logprob in (*entry.top[: fields.logprobs], (entry.token_id, entry.logprob)):
+        top.setdefault(token_text(tokenizer, token), results.finite(logprob))
+    return top

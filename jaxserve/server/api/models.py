@@ -1,0 +1,36 @@
+"""`/v1/models`: the one model that this server has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.server.context import context_of
+from jaxserve.server.errors import json_response
+from jaxserve.server.holder import EngineHolder
+
+
+async def list_models(http: Request) -> Response:
+    """503 until the model is warm: routers read this as readiness."""
+    holder = context_of(http).holder
+    return json_response({"object": "list", "data": [_model(holder)]})
+
+
+async def get_model(http: Request) -> Response:
+    holder = context_of(http).holder
+    model = _model(holder)
+    holder.check_model(http.path_params["model"])
+    return json_response(model)
+
+
+def _model(holder: EngineHolder) -> dict[str, Any]:
+    engine = holder.ready()
+    return {
+        "id": holder.model_name,
+        "object": "model",
+        "created": holder.created,
+        "owned_by": "jaxserve",
+        "max_model_len": engine.limits.max_model_len,
+    }

@@ -1,0 +1,122 @@
+"""A request's body: bounded in bytes and in time, strict JSON, checked against a pydantic model.
+
+orjson refuses NaN, infinities, lone surrogates and nesting beyond 1,024 levels; integers beyond 64 bits
+come out of it as floats, which no integer field takes. Every refusal is a 4xx that names the field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+import pydantic
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope
+
+from jaxserve.server.errors import ApiError, bad_request
+from jaxserve.server.stream import ClientLeft
+
+MAX_BODY_BYTES = 16 * 2**20
+BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
+OFF_LOOP_BYTES = 16 * 2**10  # larger bodies are parsed and tokenized on a thread
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES) -> bytes:
+    """The body's bytes. Raises ApiError 413 or 408, or ClientLeft."""
+    headers = Headers(scope=scope)
+    declared = headers.get("content-length", "")
+    too_large = ApiError(
+        413,
+        f"the request's body is larger than {limit} bytes",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+    if declared.isdecimal() and int(declared) > limit and "expect" in headers:
+        raise too_large  # the client waits for leave to send: do not give it
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _read(receive, limit, too_large)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the request's body did not arrive within {BODY_SECONDS:g} s",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from None
+
+
+async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
+    """Reads a body that is too large to its end, or to 8 times the limit, without keeping it: a client
+    that is still sending would not see the answer."""
+    kept: list[bytes] = []
+    size = 0
+    more = True
+    while more and size <= 8 * limit:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        data = message.get("body", b"")
+        more = message.get("more_body", False)
+        size += len(data)
+        if size <= limit:
+            kept.append(data)
+        else:
+            kept.clear()
+    if size > limit:
+        raise too_large
+    return b"".join(kept)
+
+
+async def off_loop[T](size: int, work: Callable[[], T]) -> T:
+    """`work()`, on a thread where a body of `size` bytes makes it long enough to hold up other streams."""
+    return await asyncio.to_thread(work) if size > OFF_LOOP_BYTES else work()
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The body as a JSON object without its null members: null means "as if absent", as at OpenAI."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_json")
+    return {name: member for name, member in value.items() if member is not None}
+
+
+def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -> M:
+    """The fields as `model`. Raises ApiError 400 naming the first field at fault."""
+    for name in fields:
+        if name not in known_fields(model):
+            raise bad_request(f"unknown field: {_shown(name)}", param=name[:64], code="unknown_parameter")
+    try:
+        return model.model_validate(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = _path(first["loc"])
+        if first["type"] == "missing":
+            message, code = f"{param} is required", "missing_required_parameter"
+        elif first["type"] == "extra_forbidden":
+            message, code = f"unknown field: {param}", "unknown_parameter"
+        else:
+            message, code = f"{param}: {first['msg']}", "invalid_value"
+        raise bad_request(message, param=param, code=code) from None
+
+
+@functools.cache
+def known_fields(model: type[pydantic.BaseModel]) -> frozenset[str]:
+    return frozenset(model.model_fields)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`messages[0].content` from pydantic's ("messages", 0, "content")."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if text else part[:64]
+    return text
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 64 else name[:61] + "...")

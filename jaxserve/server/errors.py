@@ -1,0 +1,68 @@
+"""What goes wrong over HTTP, as OpenAI's error object.
+
+Source of the form: OpenAI's API reference, "Error codes". Knows nothing of engines; the routes raise, the
+application's exception handlers answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from jaxserve.scheduler.types import RequestError
+
+
+class ApiError(Exception):
+    """An answer with an error status. `param` names the field at fault, `code` is for machines."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_request_error(error: RequestError, names: Mapping[str, str] | None = None) -> ApiError:
+    """The engine's refusal as a 400. `names`: what the client called the fields that went by another name."""
+    param = error.param if error.param is None else (names or {}).get(error.param, error.param)
+    return bad_request(str(error), param=param, code=error.code)
+
+
+def not_ready(message: str, *, code: str, retry_after: int | None = 2) -> ApiError:
+    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    return ApiError(503, message, type="server_error", code=code, headers=headers)
+
+
+def engine_failed(message: str) -> ApiError:
+    return ApiError(500, message, type="server_error", code="engine_failed")
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError) -> Response:
+    return json_response(error_body(error), status=error.status, headers=error.headers)
+
+
+def json_response(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json", headers=headers)

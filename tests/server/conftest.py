@@ -1,0 +1,34 @@
+"""Servers for the tests of this folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fakes import FakeEngine
+from tests.server.harness import Serve, Served
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers: `serve(engine=FakeEngine(...), keys=[...])`; `engine=None` is one that still loads."""
+    with contextlib.ExitStack() as stack:
+
+        def start(
+            engine: FakeEngine | None, *, keys: list[str] | None = None, max_body_bytes: int | None = None
+        ) -> Served:
+            served = Served(engine, keys or [], max_body_bytes)
+            stack.callback(served.close)
+            return served
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """One server for all tests of a module that leave it as it was."""
+    one = Served(FakeEngine(), [], None)
+    yield one
+    one.close()

@@ -1,0 +1,306 @@
+"""Bad input is a 4xx that names the field, and the next request is answered as if nothing had happened."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import openai
+import orjson
+import pytest
+
+from tests.fakes import VOCABULARY, FakeEngine
+from tests.server.harness import MODEL, Serve, Served
+
+# fields -> (status, param, code, text in the message)
+COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
+    ({"prompt": ""}, 400, "prompt", None, "the prompt is empty"),
+    ({"prompt": []}, 400, "prompt", None, "the prompt is empty"),
+    ({"prompt": [""]}, 400, "prompt", None, "the prompt is empty"),
+    ({"prompt": [[]]}, 400, "prompt", None, "the prompt is empty"),
+    ({"prompt": None}, 400, "prompt", "missing_required_parameter", "prompt is required"),
+    ({"prompt": 5}, 400, "prompt", None, "must be a string, token ids, or a list"),
+    ({"prompt": {"a": 1}}, 400, "prompt", None, "must be a string, token ids, or a list"),
+    ({"prompt": ["a", [97]]}, 400, "prompt", None, "mixes strings and token ids"),
+    ({"prompt": [97, "a"]}, 400, "prompt", None, "must be integers"),
+    ({"prompt": [97, 1.5]}, 400, "prompt", None, "must be integers"),
+    ({"prompt": [True]}, 400, "prompt", None, "must be integers"),
+    ({"prompt": [[97, None]]}, 400, "prompt", None, "must be integers"),
+    ({"prompt": [1e30]}, 400, "prompt", None, "must be integers"),
+    ({"prompt": [2**64 - 1]}, 400, "prompt", None, f"token id {2**64 - 1}"),
+    ({"prompt": [97, -1]}, 400, "prompt", None, f"token id -1; ids lie in [0, {VOCABULARY - 1}]"),
+    ({"prompt": [VOCABULARY]}, 400, "prompt", None, f"token id {VOCABULARY}"),
+    ({"prompt": "a" * 257}, 400, "prompt", "context_length_exceeded", "has 257 tokens; the context is 256"),
+    (
+        {"prompt": "a" * 250},
+        400,
+        "max_tokens",
+        "context_length_exceeded",
+        "max_tokens=16 and a prompt of 250",
+    ),
+    ({"prompt": ["a"] * 3000}, 400, "prompt", None, "3000 prompts; at most 2048"),
+    ({"prompt": ["a"] * 100, "n": 100}, 400, "n", None, "100 prompts times n=100"),
+    ({"max_tokens": -1}, 400, "max_tokens", None, "max_tokens=-1 must lie in"),
+    ({"max_tokens": 1e18}, 400, "max_tokens", "invalid_value", "max_tokens: Input should be a valid integer"),
+    ({"max_tokens": 10**18}, 400, "max_tokens", None, "max_tokens=1000000000000000000 must lie in"),
+    ({"max_tokens": 0}, 400, "max_tokens", None, "max_tokens=0 needs echo or prompt_logprobs"),
+    ({"max_tokens": True}, 400, "max_tokens", "invalid_value", "max_tokens: Input should be a valid integer"),
+    ({"max_tokens": "5"}, 400, "max_tokens", "invalid_value", "max_tokens: Input should be a valid integer"),
+    ({"max_tokens": 5.0}, 400, "max_tokens", "invalid_value", "max_tokens: Input should be a valid integer"),
+    ({"temperature": -0.1}, 400, "temperature", None, "temperature=-0.1 must lie in"),
+    (
+        {"temperature": "hot"},
+        400,
+        "temperature",
+        "invalid_value",
+        "temperature: Input should be a valid number",
+    ),
+    (
+        {"temperature": True},
+        400,
+        "temperature",
+        "invalid_value",
+        "temperature: Input should be a valid number",
+    ),
+    ({"top_p": 0}, 400, "top_p", None, "top_p=0"),
+    ({"top_p": 1.1}, 400, "top_p", None, "top_p=1.1 must lie in"),
+    ({"top_k": -2}, 400, "top_k", None, "top_k=-2 must lie in"),
+    ({"n": 0}, 400, "n", None, "n=0 must lie in"),
+    ({"n": 10**9}, 400, "n", None, "n=1000000000 must lie in"),
+    ({"seed": -1}, 400, "seed", None, "seed=-1 must lie in"),
+    ({"seed": 2**63}, 400, "seed", None, f"seed={2**63} must lie in"),
+    ({"logprobs": 21}, 400, "logprobs", None, "logprobs=21 must lie in [0, 20]"),
+    ({"logprobs": 10**6}, 400, "logprobs", None, "logprobs=1000000 must lie in"),
+    ({"logprobs": True}, 400, "logprobs", "invalid_value", "logprobs: Input should be a valid integer"),
+    ({"prompt_logprobs": -1}, 400, "prompt_logprobs", None, "prompt_logprobs=-1 must lie in"),
+    ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", None, "not available with stream"),
+    ({"stop": [""]}, 400, "stop", None, "non-empty strings"),
+    ({"stop": ["x"] * 17}, 400, "stop", None, "stop has 17 strings; at most 16"),
+    ({"stop": [1]}, 400, "stop[0]", "invalid_value", "stop[0]: Input should be a valid string"),
+    ({"stop": 5}, 400, "stop", "invalid_value", "stop: Input should be a valid list"),
+    ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None, "-1 is not a token id"),
+    ({"stop_token_ids": [VOCABULARY]}, 400, "stop_token_ids", None, "not in the vocabulary"),
+    ({"allowed_token_ids": []}, 400, "allowed_token_ids", None, "allowed_token_ids is empty"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias", None, "'x' is not a token id"),
+    ({"logit_bias": {"-1": 1}}, 400, "logit_bias", None, "'-1' is not a token id"),
+    ({"logit_bias": {"1": 101}}, 400, "logit_bias", None, "must lie in [-100, 100]"),
+    ({"logit_bias": {str(VOCABULARY): 1}}, 400, "logit_bias", None, "not in the vocabulary"),
+    ({"logit_bias": {"1": "x"}}, 400, "logit_bias.1", "invalid_value", "Input should be a valid number"),
+    ({"min_tokens": 5, "max_tokens": 4}, 400, "min_tokens", None, "min_tokens=5 is more than max_tokens=4"),
+    ({"presence_penalty": 3}, 400, "presence_penalty", None, "presence_penalty=3"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", None, "repetition_penalty=0"),
+    ({"echo": 1}, 400, "echo", "invalid_value", "echo: Input should be a valid boolean"),
+    ({"stream": "yes"}, 400, "stream", "invalid_value", "stream: Input should be a valid boolean"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream_options", None, "only allowed with stream"),
+    (
+        {"stream": True, "stream_options": {"often": True}},
+        400,
+        "stream_options.often",
+        "unknown_parameter",
+        "unknown field: stream_options.often",
+    ),
+    ({"best_of": 3}, 400, "best_of", "unsupported_parameter", "best_of other than n is not supported yet"),
+    ({"suffix": "x"}, 400, "suffix", "unsupported_parameter", "suffix is not supported yet"),
+    ({"temprature": 1}, 400, "temprature", "unknown_parameter", "unknown field: 'temprature'"),
+    ({"messages": []}, 400, "messages", "unknown_parameter", "unknown field: 'messages'"),
+    ({"model": "gpt-5"}, 404, "model", "model_not_found", "the model 'gpt-5' does not exist"),
+    ({"model": None}, 400, "model", "missing_required_parameter", "model is required"),
+    ({"model": 5}, 400, "model", "invalid_value", "model: Input should be a valid string"),
+]
+
+USER = {"role": "user", "content": "a"}
+CHAT: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
+    ({"messages": []}, 400, "messages", None, "messages is empty"),
+    ({"messages": None}, 400, "messages", "missing_required_parameter", "messages is required"),
+    ({"messages": "a"}, 400, "messages", "invalid_value", "messages: Input should be a valid list"),
+    ({"messages": ["a"]}, 400, "messages[0]", "invalid_value", "messages[0]: "),
+    (
+        {"messages": [{"role": "user"}]},
+        400,
+        "messages[0].content",
+        "missing_required_parameter",
+        "is required",
+    ),
+    ({"messages": [{"content": "a"}]}, 400, "messages[0].role", "missing_required_parameter", "is required"),
+    ({"messages": [{**USER, "role": "king"}]}, 400, "messages[0].role", "invalid_value", "Input should be"),
+    ({"messages": [{**USER, "role": "tool"}]}, 400, "messages[0].role", "invalid_value", "Input should be"),
+    (
+        {"messages": [{**USER, "tool_calls": []}]},
+        400,
+        "messages[0].tool_calls",
+        "unknown_parameter",
+        "unknown field",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}
+            ]
+        },
+        400,
+        "messages[0].content[0].type",
+        "invalid_value",
+        "Input should be 'text'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 5}]},
+        400,
+        "messages[0].content",
+        "invalid_value",
+        "valid list",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a" * 300}]},
+        400,
+        "messages",
+        "context_length_exceeded",
+        "the prompt has 302 tokens; the context is 256",
+    ),
+    ({"max_tokens": 255}, 400, "max_tokens", "context_length_exceeded", "max_tokens=255 and a prompt of 3"),
+    ({"max_completion_tokens": 255}, 400, "max_completion_tokens", "context_length_exceeded", "255"),
+    ({"max_completion_tokens": -1}, 400, "max_completion_tokens", None, "must lie in"),
+    ({"max_completion_tokens": 0}, 400, "max_completion_tokens", None, "needs echo or prompt_logprobs"),
+    ({"max_completion_tokens": 2, "max_tokens": 3}, 400, "max_completion_tokens", None, "contradicts"),
+    ({"logprobs": 1}, 400, "logprobs", "invalid_value", "logprobs: Input should be a valid boolean"),
+    ({"top_logprobs": 1}, 400, "top_logprobs", None, "only allowed with logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None, "=21 must lie in [0, 20]"),
+    ({"echo": True}, 400, "echo", "unknown_parameter", "unknown field: 'echo'"),
+    ({"prompt": "a"}, 400, "prompt", "unknown_parameter", "unknown field: 'prompt'"),
+    *(
+        ({name: value}, 400, name, "unsupported_parameter", f"{name} is not supported yet")
+        for name, value in {
+            "tools": [],
+            "tool_choice": "auto",
+            "functions": [],
+            "parallel_tool_calls": True,
+            "response_format": {"type": "json_object"},
+            "modalities": ["text", "audio"],
+            "audio": {"voice": "x"},
+            "prediction": {},
+            "reasoning_effort": "low",
+            "web_search_options": {},
+            "service_tier": "flex",
+            "priority": 1,
+            "cache_salt": "x",
+            "timeout": 5,
+            "verbosity": "low",
+            "structured_outputs": {},
+        }.items()
+    ),
+]
+
+# bytes -> (status, code, text in the message)
+BODIES: list[tuple[bytes, str, str]] = [
+    (b"", "invalid_json", "not valid JSON"),
+    (b"{", "invalid_json", "not valid JSON"),
+    (b"model=alphabet", "invalid_json", "not valid JSON"),
+    (b"[]", "invalid_json", "must be a JSON object"),
+    (b'"a"', "invalid_json", "must be a JSON object"),
+    (b"\xff\xfe", "invalid_json", "not valid JSON"),
+    (b'{"temperature": NaN}', "invalid_json", "not valid JSON"),
+    (b'{"temperature": Infinity}', "invalid_json", "not valid JSON"),
+    (b'{"temperature": 1e400}', "invalid_json", "not valid JSON"),
+    (b'{"prompt": "\\ud800"}', "invalid_json", "not valid JSON"),
+    (b"[" * 100_000 + b"]" * 100_000, "invalid_json", "not valid JSON"),
+    (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "invalid_json", "not valid JSON"),
+    (b'{"model": "alphabet", "prompt": ' + b"[" * 900 + b"]" * 900 + b"}", "", "must be integers"),
+]
+
+
+def case_name(value: object) -> str:
+    return repr(value)[:40] if isinstance(value, dict | bytes) else ""
+
+
+def check_error(reply: Any, status: int, param: str | None, code: str | None, text: str) -> None:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert text in error["message"]
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), COMPLETIONS, ids=case_name)
+def test_completions(
+    served: Served, fields: dict[str, Any], status: int, param: str, code: str, text: str
+) -> None:
+    check_error(served.completion(**fields), status, param, code, text)
+    served.as_new()
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), CHAT, ids=case_name)
+def test_chat(served: Served, fields: dict[str, Any], status: int, param: str, code: str, text: str) -> None:
+    check_error(served.chat(**fields), status, param, code, text)
+    served.as_new()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("body", "code", "text"), BODIES, ids=case_name)
+def test_bodies(served: Served, path: str, body: bytes, code: str, text: str) -> None:
+    reply = served.http.post(path, content=body)
+    assert reply.status_code == 400
+    if code:
+        assert reply.json()["error"]["code"] == code
+        assert text in reply.json()["error"]["message"]
+    served.as_new()
+
+
+def test_the_client_sees_its_own_exceptions(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        served.openai.completions.create(model="other", prompt="a")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        served.openai.completions.create(model=MODEL, prompt="a", temperature=-1, stream=True)
+    assert wrong.value.param == "temperature"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x"},
+        {"suffix": None, "best_of": None, "logprobs": None, "never_heard_of": None, "stop": None},
+        {"service_tier": "auto", "priority": 0, "response_format": {"type": "text"}},
+        {"best_of": 1},
+        {"stream": False, "n": 1, "stop": []},
+        {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}},
+    ],
+)
+def test_what_asks_for_nothing_passes(served: Served, fields: dict[str, Any]) -> None:
+    assert served.completion(**fields).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/embeddings", "//v1/models", "/health/", "/v1/completions/"]
+)
+def test_unknown_paths(served: Served, path: str) -> None:
+    reply = served.http.get(f"{served.url}{path}")
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "not_found"
+
+
+def test_wrong_method(served: Served) -> None:
+    reply = served.http.get("/v1/completions")
+    assert reply.status_code == 405
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_large_bodies(serve: Serve) -> None:
+    served = serve(FakeEngine(), max_body_bytes=10_000)
+    body = orjson.dumps({"model": MODEL, "prompt": "a", "user": "x" * 20_000})
+    for content in (body, iter([body[:15_000], body[15_000:]])):  # with a declared length, and in chunks
+        reply = served.http.post("/v1/completions", content=content)
+        assert reply.status_code == 413
+        assert reply.json()["error"]["message"] == "the request's body is larger than 10000 bytes"
+        served.as_new()
+
+
+def test_a_large_body_is_not_asked_for(serve: Serve) -> None:
+    """A client that waits for "100 Continue" hears 413 before it sends anything."""
+    served = serve(FakeEngine(), max_body_bytes=10_000)
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
+    )
+    assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    connection.close()
+    served.as_new()
