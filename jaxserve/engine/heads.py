@@ -139,12 +139,12 @@ def _from_bits(bits: Int[Array, " B"]) -> Float[Array, " B"]:
 
 
 def _uniform(rows: SamplingRows, positions: Int[Array, " B"]) -> Float[Array, " B"]:
-    """One number in [0, 1) per row, from its seed and position alone."""
+    """One number in [0, 1) per row, of 24 bits, from its seed and position alone: the words of the key
+    `fold_in(seed, position)` are themselves the hash's output, so no second hash is needed."""
     words = jnp.stack([rows.seed_high, rows.seed_low], axis=-1)
     keys = jax.random.wrap_key_data(jax.lax.bitcast_convert_type(words, jnp.uint32), impl="threefry2x32")
-    return jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(
-        keys, positions
-    )
+    folded = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions))
+    return (folded[:, 0] >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _invert(odds: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
@@ -163,14 +163,18 @@ def _locate(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """(the first entry whose cumulative sum exceeds the target, what of the target lies within it).
 
-    Rounding can leave the target at or beyond the last sum; the last entry above 0 is taken then.
+    Sums are a product with a triangle: one matrix product where a scan would be a dozen kernels. Rounding can
+    leave the target beyond the last sum, or a sum above its neighbour's where nothing was added: only
+    entries above 0 are taken, the last of them at the end.
     """
-    sums = jnp.cumsum(weights, axis=-1)
+    size = weights.shape[1]
+    triangle = jnp.triu(jnp.ones((size, size), jnp.float32))
+    sums = jnp.matmul(weights, triangle, precision=jax.lax.Precision.HIGHEST)
     target = target * sums[:, -1] if relative else target
-    index = jnp.sum(sums <= target[:, None], axis=-1, dtype=jnp.int32)
-    places = jnp.arange(weights.shape[1], dtype=jnp.int32)[None, :]
+    places = jnp.arange(size, dtype=jnp.int32)[None, :]
     last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
-    index = jnp.minimum(index, last)
+    beyond = (sums > target[:, None]) & (weights > 0)
+    index = jnp.minimum(jnp.min(jnp.where(beyond, places, size), axis=-1), last)
     before = jnp.take_along_axis(sums - weights, index[:, None], axis=1)[:, 0]
     return index, jnp.maximum(target - before, 0.0)
 
