@@ -369,9 +369,7 @@ def build_engine(
         params = load_params(plan.model, plan.loaded, plan.mesh, plan.layout)
     jax.block_until_ready(params)
     progress(f"weights in place after {time.perf_counter() - compiled:.1f} s")
-    tokenizer = None
-    if options.load_format != "dummy" or (plan.loaded.folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_folder(plan.loaded.folder)
+    tokenizer = _tokenizer(plan.loaded.folder, progress)
     shape, config = plan.shape, plan.loaded.config
     engine = Engine(
         limits=Limits(
@@ -409,6 +407,14 @@ def build_engine(
     engine.facts["startup_seconds"] = time.perf_counter() - begin
     progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all")
     return engine
+
+
+def _tokenizer(folder: Path, progress: Progress) -> Tokenizer | None:
+    """None where the folder has none: then prompts are token ids, and replies have no text."""
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer.from_folder(folder)
+    progress(f"warning: {folder} has no tokenizer.json; prompts must be token ids, and replies have no text")
+    return None
 
 
 def warm_up(engine: Engine) -> float:

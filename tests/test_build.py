@@ -1,0 +1,150 @@
+"""Start-up: what is refused and how, what fits, how weights get to their places."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from checkpoints.huggingface import CheckpointError
+from jaxserve import build
+from jaxserve.config import EngineOptions
+from jaxserve.models.config import ConfigError
+from jaxserve.scheduler.types import SamplingParams, check_request
+from tests import tiny
+
+SMALL = EngineOptions(max_slots=2, page_size=16, prefill_chunk=32, memory_fraction=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def options(**changes) -> EngineOptions:
+    return dataclasses.replace(SMALL, **changes)
+
+
+def greedy(engine, prompt, tokens=12) -> list[int]:
+    out: list[int] = []
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    request = check_request("r", prompt, params, engine.limits, 0.0)
+    engine.submit(request, lambda o: out.extend(o.token_ids))
+    while engine.step():
+        pass
+    return out
+
+
+def test_two_devices_answer_as_one(folder):
+    one = build.build_engine(str(folder), SMALL)
+    two = build.build_engine(str(folder), options(mesh="data=1,tensor=2,expert=1"))
+    assert one._state.pool.sharding.num_devices == 1
+    shards = {shard.data.shape[-1] for shard in two._state.pool.addressable_shards}
+    assert len(two._state.pool.addressable_shards) == 2 and shards == {one._state.pool.shape[-1] // 2}
+    for prompt in ([1], list(range(40)), [5] * 70):
+        assert greedy(one, prompt) == greedy(two, prompt)
+
+
+def test_dry_run_names_programs_pool_and_what_fits(folder):
+    text = build.dry_run(str(folder), SMALL)
+    for word in ("prefill 32", "decode 2", "prompt_logprobs 32", "edit_slot 1", "fits"):
+        assert word in text
+    pool = re.search(r"pool: (\d+) pages of 16 tokens = (\d+) tokens", text)
+    assert pool and int(pool[1]) == 2 * 256 // 16 and int(pool[2]) == 2 * 256
+
+
+def test_dummy_weights_need_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))
+    engine = build.build_engine(str(tmp_path), options(load_format="dummy", seed=3))
+    assert len(greedy(engine, [1, 2, 3])) == 12
+    again = build.build_engine(str(tmp_path), options(load_format="dummy", seed=3))
+    other = build.build_engine(str(tmp_path), options(load_format="dummy", seed=4))
+    assert greedy(engine, [4]) == greedy(again, [4]) != greedy(other, [4])
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("layout", ["scan", "unrolled"])
+def test_weights_arrive_in_every_dtype_and_layout(tmp_path, stored, layout):
+    import ml_dtypes
+
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[stored]
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG | {"torch_dtype": stored}))
+    values = {key: array.astype(dtype) for key, array in tiny.tensors(tiny.CONFIG).items()}
+    save_file(values, tmp_path / "model.safetensors")
+    loaded = build.read_model(str(tmp_path), options(dtype="auto"))
+    assert loaded.dtype == np.dtype(dtype)
+    decoder = build.Decoder(loaded.config, loaded.dtype)
+    mesh = build.make_mesh(build.parse_mesh("tensor=2"))
+    params = build.load_params(decoder, loaded, mesh, layout)
+    layer = params["layers"]
+    got = layer["mlp"]["up_proj"]["weight"][1] if layout == "scan" else layer[1]["mlp"]["up_proj"]["weight"]
+    np.testing.assert_array_equal(np.asarray(got), values["model.layers.1.mlp.up_proj.weight"])
+    assert all(leaf.dtype == np.dtype(dtype) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_pages": 10**12}, r"--kv-pages=1000000000000 needs .* bytes .* may be used"),
+        ({"memory_fraction": 1e-9}, r"one sequence of --max-model-len needs 16 pages of \d+ bytes .*--max-model-len"),
+        ({"max_model_len": 257}, r"--max-model-len=257 is beyond the model's context of 256"),
+        ({"mesh": "tensor=3"}, r"--mesh tensor=3 does not divide the model's num_key_value_heads=2"),
+        ({"mesh": "tensor=64"}, r"does not divide|there are \d+"),
+        ({"mesh": "data=2"}, r"only the tensor axis"),
+        ({"mesh": "rows=2"}, r"'rows' is not an axis"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_flag_and_bytes(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build.plan_engine(str(folder), options(**changes), lambda line: None)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    tiny.write_model(tmp_path, model_type="mamba")
+    with pytest.raises(ConfigError, match=r"model_type='mamba' is not supported.*llama, mistral, qwen2, qwen3"):
+        build.build_engine(str(tmp_path), SMALL)
+
+
+def test_corrupt_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        build.build_engine(str(tmp_path / "nowhere"), SMALL)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        build.build_engine(str(tmp_path), SMALL)
+    tiny.write_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        build.build_engine(str(tmp_path), SMALL)
+    values = tiny.tensors(tiny.CONFIG)
+    values["model.layers.7.mlp.up_proj.weight"] = values.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(values, weights)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.[17]\.mlp\.up_proj\.weight"):
+        build.build_engine(str(tmp_path), SMALL)
+
+
+def test_an_unwritable_compilation_cache_is_a_warning(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(blocked / "cache"))
+    lines: list[str] = []
+    build.enable_compilation_cache(lines.append)
+    assert len(lines) == 1 and "warning: no compilation cache" in lines[0] and os.fspath(blocked) in lines[0]
+
+
+def test_the_pool_takes_what_memory_leaves(folder, monkeypatch):
+    """Less memory, fewer pages: sized from the programs' own analysis, and within the limit."""
+    roomy = build.plan_engine(str(folder), SMALL, lambda line: None)
+    assert roomy.shape.num_pages == 32  # two slots of 256 tokens: more could never be used
+    peak = max(roomy.programs.memory(key).peak for key in build._largest(roomy.programs))
+    limit = peak - 10 * roomy.page_bytes
+    monkeypatch.setattr(build, "memory_limit", lambda device, fraction: limit)
+    tight = build.plan_engine(str(folder), SMALL, lambda line: None)
+    assert 16 <= tight.shape.num_pages < roomy.shape.num_pages
+    tight.programs.compile(build._largest(tight.programs))
+    assert max(tight.programs.memory(key).peak for key in build._largest(tight.programs)) <= limit
