@@ -148,7 +148,7 @@ def train_tokenizer(corpus: Corpus, vocabulary: int) -> Tokenizer:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The docstring's first sentence as the end of "... that": `Return the sum.` gives `returns the sum.`; else None."""
+    """The first sentence as the end of "... that": `Return the sum.` gives `returns the sum.`; None where unfit."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
     verb, _, rest = sentence.partition(" ")

@@ -148,16 +148,21 @@ def hidden_states(
 
 
 def token_losses(
-    params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, dtype: jnp.dtype
+    params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, dtype: jnp.dtype, length: int | None = None
 ) -> Float[Array, "B T"]:
-    """Nats of each token after the first of its row, given those before it in the row."""
-    logits = hidden_states(params, tokens[:, :-1], config, dtype) @ params["model.embed_tokens.weight"].T  # f32[BT, V]
-    actual = jnp.take_along_axis(logits, tokens[:, 1:].reshape(-1, 1), axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - actual).reshape(tokens.shape[0], -1)
+    """Nats of each token after the first of its row, given those before it in the row.
+
+    With `length`, a divisor of T, rows are cut into pieces of so many tokens that do not see each other.
+    """
+    inputs, actual = tokens[:, :-1], tokens[:, 1:]
+    hidden = hidden_states(params, inputs.reshape(-1, length or inputs.shape[1]), config, dtype)
+    logits = hidden @ params["model.embed_tokens.weight"].T  # f32[BT, V]
+    picked = jnp.take_along_axis(logits, actual.reshape(-1, 1), axis=-1)[:, 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - picked).reshape(actual.shape)
 
 
 def save_model(folder: Path, params: Params, config: ModelConfig) -> None:
-    """Writes `config.json` and bf16 `model.safetensors` in the Hugging Face layout (`[out, in]`, tied head left out)."""
+    """Writes `config.json` and bf16 `model.safetensors` in Hugging Face layout (`[out, in]`, tied head left out)."""
     weights = {}
     for name, value in params.items():
         is_projection = name.endswith("_proj.weight")
