@@ -159,7 +159,7 @@ class LLM:
                 if not self.engine.healthy:
                     raise RuntimeError(f"the engine failed: {self.engine.failure}")
             if waiting.error is not None:
-                raise RuntimeError(f"the engine failed: {waiting.error}")
+                raise RuntimeError(waiting.error)
         finally:
             for one in pending:
                 if any(output.finish_reason is None for output in one.result.outputs):

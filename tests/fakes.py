@@ -230,10 +230,10 @@ class FakeEngine:
                 if self.delay:
                     time.sleep(self.delay)
             self._end_all(None)
-        except BaseException as error:  # noqa: BLE001 - as the engine thread does
+        except BaseException as error:  # as the engine thread does
             self.failure = error
             if not self.silent_failure:
-                self._end_all(str(error))
+                self._end_all(f"the engine failed: {type(error).__name__}: {error}")
 
     def _drop_aborted(self) -> None:
         for sequence in [*self._running, *self._waiting]:

@@ -85,7 +85,7 @@ def stream(llm: LLM, prompt_token_ids: Sequence[int], params: SamplingParams) ->
                 continue
             finished = output.finish_reason is not None
             if output.error is not None:
-                raise RuntimeError(f"the engine failed: {output.error}")
+                raise RuntimeError(output.error)
             if output.text:
                 yield output.text
     finally:

@@ -121,7 +121,7 @@ class Call:
         if output.finish_reason is not None:
             self._unfinished -= 1
         if output.error is not None:
-            self.fail(engine_failed(f"the engine failed: {output.error}"))
+            self.fail(engine_failed(output.error))
             return
         self._buffer.append((prompt, output))
         self._event.set()

@@ -62,12 +62,13 @@ def serve(options: ServerOptions, build: Build, say: Say) -> int:
     say("stopped")
     if holder.engine is not None:
         holder.engine.close()
+    code = 1 if loader.failed else 0
     if loader.alive:
         # a compilation cannot be interrupted, and tearing the interpreter down under it can crash
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
-    return 1 if loader.failed else 0
+        os._exit(code)
+    return code
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -154,7 +155,7 @@ class Loader:
             engine.start()
             self._server.holder.set_engine(engine, name)
             self._on_ready()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the server must hear of it
+        except BaseException as error:  # whatever it is, the server must hear of it
             self.failed = True
             if not isinstance(error, OSError | ValueError | RuntimeError | MemoryError | ImportError):
                 self._say(traceback.format_exc().rstrip())  # not one that is meant for users

@@ -8,6 +8,7 @@ byte, so plain and streaming handlers both go through `unless_client_leaves`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
@@ -72,10 +73,8 @@ class EventStream:
         self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with contextlib.suppress(ClientLeft):  # the call was aborted on the way out
             await unless_client_leaves(receive, self._send_all(send))
-        except ClientLeft:
-            pass  # the call was aborted on the way out
 
     async def _send_all(self, send: Send) -> None:
         with self._call as call:  # submits; a refusal here is still an ordinary error response

@@ -299,7 +299,8 @@ def test_a_large_body_is_not_asked_for(serve: Serve) -> None:
     served = serve(FakeEngine(), max_body_bytes=10_000)
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+        b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
     )
     assert connection.recv(100).startswith(b"HTTP/1.1 413")
     connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,7 +13,9 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jaxserve.config import ServerOptions
 from jaxserve.server import body, bridge, run
+from jaxserve.server.auth import load_keys
 from tests.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
 
@@ -27,7 +30,7 @@ MESSAGES = [{"role": "user", "content": "a"}]
 )
 def test_no_key_no_service(serve: Serve, header: str | None) -> None:
     served = serve(FakeEngine(), keys=["secret", "secret2"])
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
     for path in ("/v1/models", "/metrics", "/v1/completions", "/nowhere", "//health", "/health/", "/"):
         reply = served.http.get(f"{served.url}{path}", headers=headers)
         assert reply.status_code == 401
@@ -44,6 +47,36 @@ def test_keys_open_and_liveness_needs_none(serve: Serve) -> None:
     assert served.openai.completions.create(model=MODEL, prompt="a", max_tokens=1).choices[0].text == "b"
     with pytest.raises(openai.AuthenticationError):
         served.openai.with_options(api_key="no").models.list()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff", b"two words\n", "schl\u00fcssel".encode()])
+def test_key_files_that_cannot_be_meant(content: bytes, tmp_path: Path) -> None:
+    """None of them may leave the server open."""
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ValueError, match="key"):
+        load_keys(ServerOptions(api_key_file=str(tmp_path / "keys")))
+
+
+def test_keys_come_from_the_flag_and_the_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    assert load_keys(ServerOptions(api_key="zero", api_key_file=str(tmp_path / "keys"))) == [
+        "zero",
+        "one",
+        "two",
+    ]
+    assert load_keys(ServerOptions()) == []
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_keys(ServerOptions(api_key_file=str(tmp_path / "missing")))
+    with pytest.raises(ValueError, match="not empty"):
+        load_keys(ServerOptions(api_key=""))
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("x", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert run.is_loopback(host) is loopback
 
 
 # --- readiness ---

@@ -104,12 +104,10 @@ def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None])
     fields.check_streaming()
     if fields.top_logprobs is not None and not fields.logprobs:
         raise bad_request("top_logprobs is only allowed with logprobs: true", param="top_logprobs")
-    if fields.max_completion_tokens is not None and fields.max_tokens not in (
-        None,
-        fields.max_completion_tokens,
-    ):
+    longest = fields.max_completion_tokens
+    if longest is not None and fields.max_tokens not in (None, longest):
         raise bad_request(
-            f"max_completion_tokens={fields.max_completion_tokens} contradicts max_tokens={fields.max_tokens}",
+            f"max_completion_tokens={longest} contradicts max_tokens={fields.max_tokens}",
             param="max_completion_tokens",
         )
     try:

@@ -1,0 +1,164 @@
+"""The parser: flags, environment, help, and what is refused. In this process, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxserve
+from jaxserve.cli.arguments import field_docs, parse
+from jaxserve.cli.generate import GenerateArguments
+from jaxserve.cli.main import LATER_COMMANDS, LATER_FLAGS, main
+from jaxserve.cli.serve import ServeArguments
+from jaxserve.config import EngineOptions
+from tests.cli.harness import ROOT, environment
+
+
+def serve(*args: str, **environ: str) -> ServeArguments:
+    return parse(ServeArguments, "jaxserve serve", "", args, environ)
+
+
+def test_defaults() -> None:
+    assert serve() == ServeArguments()
+
+
+def test_options_are_flat() -> None:
+    arguments = serve("folder", "--max-slots", "3", "--port=0", "--mesh", "data=1,tensor=2", "--dry-run")
+    assert arguments.model == "folder"
+    assert arguments.engine == EngineOptions(max_slots=3, mesh="data=1,tensor=2")
+    assert arguments.server.port == 0
+    assert arguments.dry_run
+
+
+def test_flag_then_environment_then_default() -> None:
+    environ = {"JAXSERVE_MAX_SLOTS": "5", "JAXSERVE_API_KEY": "-odd=key", "JAXSERVE_DRY_RUN": "1"}
+    arguments = serve(**environ)
+    assert (arguments.engine.max_slots, arguments.server.api_key, arguments.dry_run) == (5, "-odd=key", True)
+    arguments = serve("--max-slots", "7", "--no-dry-run", **environ)
+    assert (arguments.engine.max_slots, arguments.dry_run) == (7, False)
+    assert serve(JAXSERVE_MAX_SLOTS="").engine.max_slots == 16
+
+
+def test_stop_may_be_repeated() -> None:
+    arguments = parse(GenerateArguments, "jaxserve generate", "", ["--stop", "a", "--stop", "b c"], {})
+    assert arguments.sampling.stop == ("a", "b c")
+
+
+@pytest.mark.parametrize(
+    ("args", "environ", "text"),
+    [
+        (["--max-slots", "0"], {}, "--max-slots=0 must lie in [1, 4096]"),
+        (["--max-slots", "x"], {}, "--max-slots"),
+        (["--page-size", "48"], {}, "--page-size=48 must be a power of two"),
+        (["--port", "70000"], {}, "--port=70000 must lie in"),
+        (["--dtype", "int3"], {}, "--dtype"),
+        (["--nonsense", "1"], {}, "--nonsense"),
+        (["a", "b"], {}, "b"),
+        ([], {"JAXSERVE_MAX_SLOTS": "x"}, "from the environment: JAXSERVE_MAX_SLOTS"),
+        ([], {"JAXSERVE_DRY_RUN": "maybe"}, "JAXSERVE_DRY_RUN='maybe' must be 1 or 0"),
+    ],
+)
+def test_wrong_use(
+    args: list[str], environ: dict[str, str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        serve(*args, **environ)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.out == ""
+
+
+def test_sampling_is_checked_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(GenerateArguments, "jaxserve generate", "", ["--prompt", "a", "--top-p", "2"], {})
+    assert stop.value.code == 2
+    assert "top_p=2.0 must lie in (0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LATER_COMMANDS)
+def test_commands_that_come_later(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"], {}) == 2
+    assert capsys.readouterr().err == f"error: the command {name!r} is not available yet\n"
+
+
+@pytest.mark.parametrize("flag", LATER_FLAGS)
+def test_flags_that_come_later(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in ([f"--{flag}"], [f"--{flag}=1"], [f"--{flag.replace('-', '_')}", "1"]):
+        assert main(["serve", "model", *form], {}) == 2
+        assert capsys.readouterr().err == f"error: --{flag} is not available yet\n"
+    variable = f"JAXSERVE_{flag.upper().replace('-', '_')}"
+    assert main(["serve"], {variable: "1"}) == 2
+    assert f"{variable} (--{flag}) is not available yet" in capsys.readouterr().err
+
+
+def test_no_command_and_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], {}) == 2
+    assert "usage: jaxserve COMMAND" in capsys.readouterr().err
+    assert main(["--help"], {}) == 0
+    assert "usage: jaxserve COMMAND" in capsys.readouterr().out
+    assert main(["--version"], {}) == 0
+    assert capsys.readouterr().out == f"{jaxserve.__version__}\n"
+    assert main(["dance"], {}) == 2
+    assert "there is no command 'dance'; there are: serve, generate, chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["serve", "generate", "chat"])
+def test_help_is_quick_and_imports_no_jax(name: str) -> None:
+    program = (
+        "import sys\n"
+        "from jaxserve.cli.main import main\n"
+        "try:\n"
+        f"    main(['{name}', '--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code\n"
+        "assert 'jax' not in sys.modules and 'starlette' not in sys.modules\n"
+    )
+    before = os.times().children_user
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--max-slots" in done.stdout
+    assert "sequences that decode together" in done.stdout
+    assert os.times().children_user - before < 3  # seconds of its processor, whatever runs beside it
+
+
+def test_nothing_on_this_side_imports_jax() -> None:
+    """The port is bound before jax, which takes seconds, is imported."""
+    program = "import sys, jaxserve.llm, jaxserve.server.run; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), timeout=30, check=True)
+
+
+def test_every_engine_option_has_a_help_text() -> None:
+    docs = field_docs(EngineOptions)
+    assert list(docs) == [field.name for field in dataclasses.fields(EngineOptions)]
+    assert docs["memory_fraction"].endswith("that weights, pool and programs may take.")
+
+
+def test_a_shadowed_leaf_is_named(tmp_path: Path) -> None:
+    """A user's own `sharding.py` beside what runs is found before ours; we say so, and where it is."""
+    (tmp_path / "sharding.py").write_text("raise RuntimeError('the wrong one')\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "from jaxserve.cli.main import main; raise SystemExit(main(['serve']))"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"'sharding' was found at {tmp_path / 'sharding.py'}" in done.stderr
+    assert f"jaxserve needs its own, at {ROOT / 'sharding'}" in done.stderr
