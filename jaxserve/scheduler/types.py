@@ -80,8 +80,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        stop: object = self.stop
+        if isinstance(stop, str):
+            object.__setattr__(self, "stop", (stop,))
         _tuple(self, "stop")
         _tuple(self, "stop_token_ids")
         if self.allowed_token_ids is not None:

@@ -59,7 +59,7 @@ def check(prompt: Any = (1, 5, 7), limits: Limits = LIMITS, **params: Any) -> Re
         ("logit_bias", {1: 101}, "logit_bias of token 1 is 101; it must lie in [-100, 100]"),
         ("logit_bias", {1: float("nan")}, "logit_bias of token 1 is nan; it must lie in [-100, 100]"),
         ("logit_bias", [1], "logit_bias must map token ids to numbers"),
-        ("logit_bias", {i: 0 for i in range(301)}, "logit_bias has 301 entries; at most 300"),
+        ("logit_bias", dict.fromkeys(range(301), 0), "logit_bias has 301 entries; at most 300"),
     ],
 )
 def test_sampling_params_name_the_field(field: str, value: Any, message: str) -> None:
