@@ -10,6 +10,7 @@ from tokenizers import decoders, models
 
 from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.tokenizer import Tokenizer
+from tests.text.backends import id_of
 
 TEXTS = [
     "the quick brown fox",

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.text.chat_template import ChatTemplateError
 from jaxserve.text.tokenizer import Tokenizer, TokenizerError
-from tests.text.backends import EMBEDDED, byte_level_backend, sentencepiece_backend
+from tests.text.backends import EMBEDDED, byte_level_backend, id_of, sentencepiece_backend
 
 TEMPLATE = (
     "{{ bos_token }}"
