@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.cli.harness import ROOT, command, environment, jaxserve
 
@@ -109,18 +108,16 @@ def test_serve_answers_health_while_loading_and_can_be_stopped() -> None:
         assert process.end(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize(
-    ("how", "text"),
-    [
-        ("fail", "error: config.json: architectures=['Nonsense'] is not supported"),
-        ("crash", "Traceback"),
-    ],
-)
-def test_serve_fails_with_the_reason(how: str, text: str) -> None:
-    done = jaxserve("serve", "--port", "0", JAXSERVE_TEST_BUILD=how)
+def test_serve_fails_with_the_reason() -> None:
+    done = jaxserve("serve", "--host", "0.0.0.0", "--port", "0", JAXSERVE_TEST_BUILD="fail")
     assert done.returncode == 1
-    assert text in done.stderr
-    assert ("Traceback" in done.stderr) == (how == "crash")
+    assert "error: config.json: architectures=['Nonsense'] is not supported" in done.stderr
+    assert "Traceback" not in done.stderr  # it is the user's matter, not ours
+    assert "warning: anyone who can reach 0.0.0.0 can use this server: set --api-key" in done.stderr
+    done = jaxserve("serve", "--port", "0", JAXSERVE_TEST_BUILD="crash")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "warning" not in done.stderr
 
 
 def test_a_port_in_use() -> None:
@@ -131,28 +128,17 @@ def test_a_port_in_use() -> None:
     assert done.stderr == f"error: port {port} on 127.0.0.1 is in use: choose another with --port\n"
 
 
-def test_a_host_that_is_not_ours() -> None:
-    done = jaxserve("serve", "--host", "203.0.113.7", "--port", "0")
-    assert done.returncode == 1
-    assert "--host=203.0.113.7" in done.stderr
-
-
-def test_warning_without_a_key_beyond_loopback() -> None:
-    done = jaxserve("serve", "--host", "0.0.0.0", "--port", "0", JAXSERVE_TEST_BUILD="fail")
-    assert "warning: anyone who can reach 0.0.0.0 can use this server: set --api-key" in done.stderr
-    done = jaxserve("serve", "--host=0.0.0.0", "--port=0", "--api-key=k", JAXSERVE_TEST_BUILD="fail")
-    assert "warning" not in done.stderr
-
-
 def test_keys_from_the_environment_are_not_shown() -> None:
-    with running("serve", "--port", "0", JAXSERVE_API_KEY="top-secret") as process:
+    with running("serve", "--host=0.0.0.0", "--port=0", JAXSERVE_API_KEY="top-secret") as process:
         address = process.until("listening on").split()[-1]
         assert '-H "Authorization: Bearer $JAXSERVE_API_KEY"' in process.until("curl")
         assert httpx.get(f"{address}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer top-secret"}
         assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
         assert process.end(signal.SIGTERM) == 0
-        assert "top-secret" not in "\n".join(process.lines)
+        said = "\n".join(process.lines)
+        assert "top-secret" not in said
+        assert "warning" not in said  # beyond loopback, but with a key
 
 
 def test_a_key_file_without_a_key_is_wrong_use(tmp_path: Path) -> None:

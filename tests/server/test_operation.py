@@ -79,6 +79,17 @@ def test_loopback(host: str, loopback: bool) -> None:
     assert run.is_loopback(host) is loopback
 
 
+def test_places_that_cannot_be_bound() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(run.StartError, match=rf"port {port} on 127.0.0.1 is in use: .* --port"):
+            run.bind("127.0.0.1", port)
+    with pytest.raises(run.StartError, match=r"--host=203\.0\.113\.7"):
+        run.bind("203.0.113.7", 0)
+    with pytest.raises(run.StartError, match=r"--host=\.\. is no address"):
+        run.bind("..", 0)
+
+
 # --- readiness ---
 
 
