@@ -752,6 +752,7 @@ def test_hub_errors_are_told(error: Exception, pattern: str, monkeypatch: pytest
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(CheckpointError, match=pattern) as caught:
         resolve_model("owner/no-such-name", revision="v1")
     assert "owner/no-such-name" in str(caught.value)
