@@ -42,7 +42,7 @@ from sharding import make_mesh, named_sharding, parse_mesh
 Progress = Callable[[str], None]
 EMBEDDED_NAME = "jaxserve-embedded"
 MAX_PREFILL_ROWS = 16  # prompts that end in one chunk; each costs a row of the output head
-MAX_PAGES = 2**30  # page ids are int32
+MAX_FLAT_PAGES = 2**31 - 2  # layer x pages + page is an int32 index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +304,14 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         for leaf in jax.tree.leaves(abstract_params(decoder, mesh, layout))
     )
     pages = options.kv_pages or min(useful, max(int((limit - fixed) * 0.9) // each, pages_per_slot))
+    if pages < pages_per_slot:
+        raise ValueError(
+            f"--kv-pages={pages} of --page-size={options.page_size} hold {pages * options.page_size} tokens, less than"
+            f" one sequence of --max-model-len={loaded.max_model_len}; raise the one or lower the other"
+        )
+    pages = min(pages, MAX_FLAT_PAGES // loaded.config.num_layers) if options.kv_pages is None else pages
+    if pages * each + fixed > limit:  # no need to compile anything to see that
+        raise ValueError(_too_small(options, pages, pages_per_slot, each, fixed, limit))
     state, programs = programs_for(pages)
     programs.compile(_largest(programs), threads=os.cpu_count() or 1, progress=progress)
     peak = max(programs.memory(key).peak for key in _largest(programs))
@@ -377,6 +385,7 @@ def build_engine(
             max_model_len=plan.loaded.max_model_len,
             pool_tokens=shape.num_pages * shape.page_size,
             eos_token_ids=() if tokenizer is None else tuple(tokenizer.eos_token_ids),
+            sampling_defaults=sampling_defaults(plan.loaded.folder),
         ),
         tokenizer=tokenizer,
         programs=plan.programs,
@@ -407,6 +416,22 @@ def build_engine(
     engine.facts["startup_seconds"] = time.perf_counter() - begin
     progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all")
     return engine
+
+
+def sampling_defaults(folder: Path) -> dict[str, float | int]:
+    """What `generation_config.json` says of sampling, checked; empty where there is none.
+
+    As in vLLM, `do_sample` is not looked at: a request that wants greedy says temperature 0.
+    Raises ValueError naming the file and the field.
+    """
+    config = huggingface.read_json(folder, "generation_config.json", required=False)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    chosen = {name: config[name] for name in names if config.get(name) is not None}
+    try:
+        SamplingParams(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'generation_config.json'}: {error}") from error
+    return chosen
 
 
 def _tokenizer(folder: Path, progress: Progress) -> Tokenizer | None:

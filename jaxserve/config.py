@@ -62,6 +62,8 @@ class EngineOptions:
 class ServerOptions:
     """Where and for whom the server listens.
 
+    host: the address to bind; beyond 127.0.0.1 give it a key.
+    port: 0 takes a free one.
     api_key: clients must send it as `Authorization: Bearer KEY`.
     api_key_file: likewise, one key a line.
     served_model_name: the name that requests give; None takes the last part of the folder or hub id.

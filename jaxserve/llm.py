@@ -100,13 +100,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues each prompt; results in the prompts' order.
 
-        prompts: a text, token ids, or a list of either. params: for all prompts, or one for each.
+        prompts: a text, token ids, or a list of either. params: for all prompts, or one for each; None takes
+        the model's own defaults.
         Raises RequestError, before anything runs, for a prompt or parameter that cannot be served, and
         RuntimeError where the engine fails.
         """
         texts = _as_prompts(prompts)
         pending = []
-        for prompt, chosen in zip(texts, _each(params, SamplingParams(), len(texts)), strict=True):
+        for prompt, chosen in zip(texts, _each(params, SamplingParams(**self.engine.limits.sampling_defaults), len(texts)), strict=True):
             text = prompt if isinstance(prompt, str) else None
             ids = encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             pending.append(self._request(text, ids, chosen))
@@ -125,7 +126,7 @@ class LLM:
         conversations: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
             conversations = [messages]
-        default = SamplingParams(max_tokens=None)
+        default = SamplingParams(max_tokens=None, **self.engine.limits.sampling_defaults)
         pending = []
         for turns, chosen in zip(conversations, _each(params, default, len(conversations)), strict=True):
             pending.append(self._request(None, encode_chat(self.tokenizer, turns), chosen))

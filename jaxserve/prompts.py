@@ -21,7 +21,10 @@ def encode_text(
         raise RequestError(f"this model has no tokenizer: {param} must be token ids", param=param)
     if not text:
         raise RequestError("the prompt is empty: it must hold at least one token", param=param)
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except ValueError as error:  # a lone surrogate, say
+        raise RequestError(f"{param} cannot be tokenized: {error}", param=param) from error
 
 
 def encode_chat(

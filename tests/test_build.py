@@ -148,3 +148,18 @@ def test_the_pool_takes_what_memory_leaves(folder, monkeypatch):
     assert 16 <= tight.shape.num_pages < roomy.shape.num_pages
     tight.programs.compile(build._largest(tight.programs))
     assert max(tight.programs.memory(key).peak for key in build._largest(tight.programs)) <= limit
+
+
+def test_generation_config_gives_the_sampling_defaults(tmp_path):
+    assert build.sampling_defaults(tmp_path) == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "top_k": None, "eos_token_id": 2}))
+    assert build.sampling_defaults(tmp_path) == {"temperature": 0.6, "top_p": 0.9}
+    file.write_text(json.dumps({"top_p": 7}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p=7"):
+        build.sampling_defaults(tmp_path)
+
+
+def test_a_pool_smaller_than_one_sequence_is_refused(folder):
+    with pytest.raises(ValueError, match=r"--kv-pages=3 .* hold 48 tokens, less than .*--max-model-len=256"):
+        build.plan_engine(str(folder), options(kv_pages=3), lambda line: None)

@@ -35,7 +35,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with load(arguments.model, arguments.engine) as llm:
             ids = encode_text(llm.tokenizer, arguments.prompt)
-            for piece in stream(llm, ids, arguments.sampling.params()):
+            for piece in stream(llm, ids, arguments.sampling.params(llm.engine.limits.sampling_defaults)):
                 write(piece)
             write("\n")
     except (LoadError, RequestError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import itertools
 import queue
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 from jaxserve.config import EngineOptions
 from jaxserve.engine.outputs import Output
@@ -34,23 +34,19 @@ class SamplingArguments:
     """
 
     max_tokens: int | None = None
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.params()
 
-    def params(self) -> SamplingParams:
-        """Raises ValueError naming the field."""
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop=self.stop,
-        )
+    def params(self, defaults: Mapping[str, float | int] | None = None) -> SamplingParams:
+        """`defaults` are the model's own, for what was not given. Raises ValueError naming the field."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(max_tokens=self.max_tokens, stop=self.stop, **{**(defaults or {}), **chosen})
 
 
 def say(line: str) -> None:

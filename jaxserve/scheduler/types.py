@@ -198,12 +198,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a running engine can take: the numbers a request is checked against."""
+    """What a running engine can take: the numbers a request is checked against.
+
+    sampling_defaults: of parameters that a request leaves out, from the model's `generation_config.json`.
+    """
 
     vocab_size: int
     max_model_len: int  # tokens, prompt and generated together
     pool_tokens: int  # tokens that the whole page pool holds
     eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
 
 
 def check_request(

@@ -128,6 +128,7 @@ class ChatJob:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         params = fields.sampling(
+            engine.limits.sampling_defaults,
             max_tokens=fields.token_limit,
             logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
             prompt_logprobs=fields.prompt_logprobs,

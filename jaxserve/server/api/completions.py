@@ -111,6 +111,7 @@ class CompletionJob:
         }
         prompts = split_prompts(fields.prompt)
         params = fields.sampling(
+            engine.limits.sampling_defaults,
             max_tokens=DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
             logprobs=fields.logprobs,
             prompt_logprobs=self._prompt_logprobs(),

@@ -105,14 +105,27 @@ class SamplingFields(pydantic.BaseModel):
             raise bad_request("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
 
     def sampling(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        defaults: Mapping[str, float | int],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """Raises RequestError naming the field."""
+        """`defaults` are the model's own, for fields that the request leaves out.
+
+        Raises RequestError naming the field.
+        """
+
+        def given(name: str) -> Any:
+            value = getattr(self, name)
+            return value if name in self.model_fields_set else defaults.get(name, value)
+
         return SamplingParams(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
+            temperature=given("temperature"),
+            top_p=given("top_p"),
+            top_k=given("top_k"),
+            min_p=given("min_p"),
             n=self.n,
             seed=self.seed,
             max_tokens=max_tokens,
@@ -121,7 +134,7 @@ class SamplingFields(pydantic.BaseModel):
             stop_token_ids=tuple(self.stop_token_ids),
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=given("repetition_penalty"),
             logit_bias=None if self.logit_bias is None else _token_keys(self.logit_bias),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             logprobs=logprobs,
