@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_peers [--quick] [--rounds 3] [--only jaxserve,transformers] [--out FILE]
 
-Random weights of SmolLM-135M's shape in bf16, random prompts of 128 tokens, greedy, end tokens ignored. Figures:
-prefill of 16 prompts, and decode at each of --sequences, in tokens per second. Beside them what the shape's
-matrix products alone reach in JAX, and the machine's memory and arithmetic. README.md says what each means.
+Random weights of SmolLM-135M's shape in bf16, random prompts of 128 tokens, greedy, end tokens ignored.
+Figures: prefill of 16 prompts, and decode at each of --sequences, in tokens per second. Beside them what the
+shape's matrix products alone reach in JAX, and the machine's memory and arithmetic. README.md says more.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
-import random
-import select
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,117 +21,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.peers import NAMES, Settings, machine
-from benchmarks.peers.weights import SMOLLM_135M, TINY, Shape, write_model
+from benchmarks.peers.figures import Figure, bound
+from benchmarks.peers.process import Failed, Worker
+from benchmarks.peers.weights import SMOLLM_135M, TINY, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, REFERENCE, MATMULS = "jaxserve", "transformers", "matmuls"
 PREFILL_PROMPTS = 16
-PATIENCE_S = 1800.0  # for one answer: a cold compile is in it
 WARM_UP_TOKENS = 24  # in interleaved prefill the first sequence must not end before the last has begun
 BUSY = 0.05  # above this share of the cores, something else runs
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Figure:
-    kind: str  # prefill | decode
-    sequences: int
-    prompt: int
-    new_tokens: int
-
-    @property
-    def name(self) -> str:
-        return "prefill" if self.kind == "prefill" else f"decode-{self.sequences}"
-
-    def prompts(self, vocab: int, round_: int) -> list[list[int]]:
-        """The same for every peer, others in every round."""
-        rng = random.Random(f"{self.name} {round_}")
-        return [[rng.randrange(vocab) for _ in range(self.prompt)] for _ in range(self.sequences)]
-
-
-class Failed(Exception):
-    """A peer that cannot be measured; the message is for the report."""
-
-
-class Worker:
-    """A peer's process."""
-
-    def __init__(self, name: str, settings: Settings, logs: Path) -> None:
-        self.name = name
-        self._log = logs / f"{name}-{settings.dtype}.log"
-        arguments = [sys.executable, "-m", "benchmarks.peers.worker", name, json.dumps(dataclasses.asdict(settings))]
-        self._process = subprocess.Popen(
-            arguments,
-            cwd=ROOT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
-            text=True,
-        )
-
-    def ready(self) -> dict[str, str]:
-        """Its versions. Raises Failed."""
-        return self._answer()["versions"]
-
-    def ask(self, do: str, **what: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            print(json.dumps({"do": do, **what}), file=self._process.stdin, flush=True)
-        except BrokenPipeError as error:
-            raise Failed(self._last_words()) from error
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        # a line is written at once, so that what select sees is whole
-        if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
-            raise Failed(f"no answer for {PATIENCE_S:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise Failed(self._last_words())
-        value = json.loads(line)
-        if "error" in value:
-            raise Failed(value["error"])
-        return value
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()[-3:]
-        return f"its process ended with {self._process.wait()}: {' | '.join(lines)}"
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-            self._process.wait(10)
-        except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bound:
-    """The least time for what a figure asks, by the machine's own measured rates."""
-
-    name: str  # bandwidth | arithmetic
-    rate: float  # tokens per second that it allows
-
-
-def bound(figure: Figure, shape: Shape, gbs: float, gflops: float, *, attention: bool) -> Bound:
-    """Decode moves every weight and every cached key and value once a step; prefill every weight once.
-    Arithmetic: two operations a weight and token, the head only where a token is drawn, and attention's."""
-    layers, head, n = shape.layers * shape.layer_weights, shape.head_weights, figure.sequences
-    if figure.kind == "prefill":
-        tokens = n * figure.prompt
-        moved = 2 * (layers + head)
-        flops = 2 * tokens * layers + 2 * n * head
-        flops += 2 * shape.layers * shape.q * tokens * figure.prompt if attention else 0  # half of it is masked
-    else:
-        tokens, cached = n, figure.prompt + figure.new_tokens / 2
-        moved = 2 * (layers + head) + (4 * n * cached * shape.layers * shape.kv if attention else 0)
-        flops = 2 * n * (layers + head) + (4 * n * cached * shape.layers * shape.q if attention else 0)
-    by_memory, by_arithmetic = moved / gbs / 1e9, flops / gflops / 1e9
-    name = "bandwidth" if by_memory > by_arithmetic else "arithmetic"
-    return Bound(name, tokens / max(by_memory, by_arithmetic))
 
 
 class Bench:
@@ -173,6 +68,7 @@ class Bench:
         say(f"machine busy before the run: {before}" + ("  ** NOT QUIET **" if before["busy"] > BUSY else ""))
         say(f"writing weights to {self.folder}")
         write_model(self.folder / "model", self.shape)
+        (self.folder / "model.gguf").unlink(missing_ok=True)  # of another shape, in a folder that was kept
         versions: dict[str, str] = {}
         for name in self.options.only:
             at = time.perf_counter()
@@ -206,7 +102,7 @@ class Bench:
             "unavailable": self.failed,
             "limits": {key: {"best": max(each), "all": each} for key, each in self.rates.items()},
             "figures": self._summary(),
-            "agreement": self._agreement() | ({"float32": self._check_f32()} if self.options.check_f32 else {}),
+            "agreement": self._agreement(),
             "facts": {name: fact["facts"] for name, fact in facts.items() if fact},
             "trials": self.trials,
             "raw": self.raw,
@@ -234,7 +130,7 @@ class Bench:
         )
 
     def _try_variants(self) -> None:
-        """Warms every peer up and finds its fastest way for each figure. A way that fails is noted and left out."""
+        """Warms every peer up and finds its fastest way for each figure; ways that fail are noted."""
         for name in list(self.workers):
             for figure in self.figures:
                 if name not in self.workers:
@@ -255,8 +151,8 @@ class Bench:
                 if rates:
                     self.chosen[name, figure.name] = max(rates, key=rates.__getitem__)
                 elif name in self.workers:
-                    errors = [trial["error"] for trial in self.trials if "error" in trial and trial["peer"] == name]
-                    self._drop(self.workers[name], Failed(errors[-1] if errors else "it offers no way to run"))
+                    error = self.trials[-1].get("error") if answer else "it offers no way to run"
+                    self._drop(self.workers[name], Failed(error))
 
     def _round(self, round_: int) -> None:
         """Figure by figure, the peers one after the other; who begins changes from round to round."""
@@ -283,7 +179,7 @@ class Bench:
                 )
                 if round_ == 0:
                     self.tokens[name, figure.name] = answer["tokens"]
-                say(f"round {round_ + 1}/{self.options.rounds} {figure.name} {name}: {answer['rate']:.1f} tok/s")
+                say(f"round {round_ + 1} {figure.name} {name}: {answer['rate']:.1f} tok/s")
 
     @property
     def _gbs(self) -> float:
@@ -322,9 +218,8 @@ class Bench:
         return rows
 
     def _rates_of(self, name: str, figure: Figure) -> list[float]:
-        return [
-            row["tokens_per_second"] for row in self.raw if (row["peer"], row["figure"]) == (name, figure.name)
-        ]
+        wanted = (name, figure.name)
+        return [row["tokens_per_second"] for row in self.raw if (row["peer"], row["figure"]) == wanted]
 
     def _agreement(self) -> dict[str, Any]:
         """Tokens until a sequence first differs from transformers', a mean over the first round's sequences.
@@ -339,7 +234,8 @@ class Bench:
                 if tokens and name != REFERENCE:
                     equal = [common(a, b) for a, b in zip(tokens, reference, strict=True)]
                     result.setdefault(name, {})[figure.name] = round(statistics.mean(equal), 1)
-        return {"of": self.options.new_tokens, "bfloat16": result}
+        checked = {"float32": self._check_f32()} if self.options.check_f32 else {}
+        return {"of": self.options.new_tokens, "bfloat16": result, **checked}
 
     def _check_f32(self) -> dict[str, Any] | str:
         """One prompt in f32: the first tokens in which jaxserve and transformers agree."""
@@ -378,10 +274,8 @@ def print_table(report: dict[str, Any], file: TextIO) -> None:
     print(f"busy before {m['before']['busy']:.1%}, stolen during {m['during']['stolen']:.1%}", file=file)
     print(", ".join(f"{key} {value}" for key, value in report["versions"].items()), file=file)
     print(f"measured limits (GB/s, GFLOP/s): {limits}\n", file=file)
-    print(
-        f"{'figure':<11}{'peer':<17}{'tok/s':>9}{'min':>9}{'max':>9}{'of bare':>9}  {'limit':<24}{'reached':>8}  variant",
-        file=file,
-    )
+    head = f"{'figure':<11}{'peer':<17}{'tok/s':>9}{'min':>9}{'max':>9}{'of bare':>9}"
+    print(f"{head}  {'limit':<24}{'reached':>8}  variant", file=file)
     for row in report["figures"]:
         bare = f"{row['share_of_matmuls']:.0%}" if "share_of_matmuls" in row else ""
         limit = f"{row['limit']} {row['limit_tokens_per_second']:.0f}" if "limit" in row else "not measured"
@@ -405,9 +299,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=None, help="default 64 (12 with --quick)")
     parser.add_argument("--sequences", default=None, help="default 1,4,16,32 (1,4 with --quick)")
     parser.add_argument("--only", default=",".join(NAMES), help=f"default {','.join(NAMES)}")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script: figures mean nothing")
-    parser.add_argument("--compile", action="store_true", help="also try transformers under torch.compile (minutes)")
-    parser.add_argument("--check-f32", action="store_true", help="also compare one prompt's tokens in float32")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--compile", action="store_true", help="also try torch.compile (minutes)")
+    parser.add_argument("--check-f32", action="store_true", help="also compare one prompt in float32")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here, indented")
     parser.add_argument("--folder", type=Path, default=None, help="keep weights and the peers' logs here")
     options = parser.parse_args(arguments)

@@ -86,18 +86,16 @@ def measure(engine: Engine, prompt_len: int, steps: int, rounds: int) -> dict[st
         host += parts["host"]
         device += parts["device"]
         flowing.append(overlapped(engine, steps))
-    running = engine.stats()["running"]
-    if running != engine.stats()["slots"]:
-        raise RuntimeError(f"only {running} of {engine.stats()['slots']} slots were still busy: lower --steps")
+    running, slots = engine.stats()["running"], engine.stats()["slots"]
+    if running != slots:
+        raise RuntimeError(f"only {running} of {slots} slots were still busy: lower --steps")
     wall = statistics.median(each["wall"] for each in flowing)
     return {
         "apart_us": {"host": micros(host), "device": micros(device)},
-        "overlapped_us": {
-            key: micros([each[key] for each in flowing]) for key in ("wall", "host", "wait")
-        },
+        "overlapped_us": {key: micros([each[key] for each in flowing]) for key in ("wall", "host", "wait")},
         # what a step takes beyond its device time, as it serves
         "added_by_host": round(wall / statistics.median(device) - 1.0, 4),
-        "tokens_per_second": round(engine.stats()["slots"] / wall, 1),
+        "tokens_per_second": round(slots / wall, 1),
     }
 
 
@@ -124,7 +122,7 @@ def main() -> None:
         needed = (2 * steps + 1) * options.rounds + 2 * slots
         prompt_len = min(PROMPT, engine.limits.max_model_len // 4)
         if prompt_len + needed > engine.limits.max_model_len:
-            parser.error(f"{needed} tokens a slot do not fit the context {engine.limits.max_model_len}: lower --steps")
+            parser.error(f"{needed} more tokens a slot exceed the context: lower --steps or --rounds")
         result = measure(engine, prompt_len, steps, options.rounds)
         report = {
             "benchmark": "host_time",
@@ -143,8 +141,8 @@ def main() -> None:
     host, device = result["apart_us"]["host"]["median"], result["apart_us"]["device"]["median"]
     wall = result["overlapped_us"]["wall"]["median"]
     print(
-        f"{slots} slots: host {host:.0f} us, device {device:.0f} us a step apart; {wall:.0f} us a step overlapped"
-        f" (device {result['added_by_host']:+.1%}), {result['tokens_per_second']} tok/s",
+        f"{slots} slots: host {host:.0f} us, device {device:.0f} us a step apart; {wall:.0f} us overlapped,"
+        f" {result['added_by_host']:+.1%} over the device, {result['tokens_per_second']} tok/s",
         file=sys.stderr,
     )
     print(json.dumps(report))

@@ -1,4 +1,4 @@
-"""One engine a file, each behind `Peer` and in a process of its own, so that none's idle threads slow another.
+"""One engine a file, each behind `Peer` and in its own process, so that none's idle threads slow another.
 
 A peer's package is imported in its worker only: that it is missing is then one line of the report.
 Knows nothing of rounds, tables or limits.
@@ -65,8 +65,8 @@ class Run:
 
 
 class Peer(Protocol):
-    """A module's `Peer(settings)` loads and compiles. It may also have `probe() -> dict[str, float]`: the rates
-    of the machine itself that its library reaches."""
+    """A module's `Peer(settings)` loads and compiles. It may also have `probe() -> dict[str, float]`: rates
+    of the machine itself, as its library reaches them."""
 
     versions: dict[str, str]
 
@@ -102,10 +102,11 @@ class EnginePeer:
         run = self.run(prompts, new_tokens, variant)
         counts = {len(times) for times in run.times} | {len(tokens) for tokens in run.tokens}
         if len(run.times) != len(prompts) or counts != {new_tokens}:
-            raise ValueError(f"asked for {len(prompts)} x {new_tokens} tokens, got {len(run.times)} x {counts}")
+            raise ValueError(f"{len(prompts)} x {new_tokens} tokens wanted, got {len(run.times)} x {counts}")
         rate = run.prefill_rate(sum(map(len, prompts))) if kind == "prefill" else run.decode_rate()
         return rate, run.tokens
 
 
 def load(name: str, settings: Settings) -> Peer:
-    return importlib.import_module(NAMES[name]).Peer(settings)
+    peer: Peer = importlib.import_module(NAMES[name]).Peer(settings)
+    return peer

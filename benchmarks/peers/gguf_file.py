@@ -1,5 +1,5 @@
-"""The same weights as a GGUF file of llama.cpp's `llama` architecture: matrices bf16, norms f32, no vocabulary
-but dummy tokens."""
+"""The same weights as a GGUF file of llama.cpp's `llama` architecture: matrices bf16, norms f32, a vocabulary
+of dummy tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gguf_name(key: str) -> str:
 
 
 def interleave(w: NDArray[np.generic], heads: int) -> NDArray[np.generic]:
-    """Rotary pairs (i, i + H/2) of a head become neighbours, as the `llama` architecture wants its q and k."""
+    """Rotary pairs (i, i + H/2) of a head become neighbours, as `llama` wants its q and k."""
     out, size = w.shape
     return w.reshape(heads, 2, out // heads // 2, size).swapaxes(1, 2).reshape(out, size)
 

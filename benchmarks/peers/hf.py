@@ -1,4 +1,4 @@
-"""transformers' `generate`: one batch of prompts of equal length. The config names no end token, so none ends it."""
+"""transformers' `generate`: one batch of prompts of equal length. No end token: the config names none."""
 
 from __future__ import annotations
 

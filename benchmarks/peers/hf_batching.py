@@ -34,7 +34,7 @@ class Peer(EnginePeer):
         manager = self._managers[variant]
         begin = time.perf_counter()
         ids = manager.add_requests(prompts, max_new_tokens=new_tokens, record_timestamps=True)
-        results = {}
+        results: dict[str, Any] = {}
         while len(results) < len(ids):
             result = manager.get_result(timeout=1.0)
             if result is not None:
@@ -44,9 +44,8 @@ class Peer(EnginePeer):
             elif not manager.is_running() or time.perf_counter() - begin > PATIENCE_S:
                 raise RuntimeError(f"{len(ids) - len(results)} requests unanswered")
         done = [results[request_id] for request_id in ids]
-        return Run(
-            begin, [list(result.timestamps) for result in done], [list(result.generated_tokens) for result in done]
-        )
+        times = [list(result.timestamps) for result in done]
+        return Run(begin, times, [list(result.generated_tokens) for result in done])
 
     def _start(self, batch_tokens: int) -> Any:
         # left alone, it takes 60 % of the memory for its cache

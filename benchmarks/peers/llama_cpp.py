@@ -1,11 +1,12 @@
-"""llama.cpp through llama-cpp-python's low-level API: one `llama_decode` a step for all sequences, logits only
-where a token is drawn, greedy by numpy's argmax over the returned rows.
+"""llama.cpp through llama-cpp-python's low-level API: one `llama_decode` a step for all sequences, logits
+only where a token is drawn, greedy by numpy's argmax over the returned rows.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.weights import Shape
 
 FLASH = {"flash": 1, "no flash": 0}  # LLAMA_FLASH_ATTN_TYPE_ENABLED, _DISABLED
+WARNING = 3  # GGML_LOG_LEVEL_WARN
+
+
+@llama_cpp.llama_log_callback
+def log(level: int, text: bytes, user_data: object) -> None:
+    if level >= WARNING:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
 
 
 class Peer(EnginePeer):
@@ -33,6 +41,7 @@ class Peer(EnginePeer):
             shape = Shape.from_folder(settings.path)
             write_gguf(settings.path, partial, shape, config["rms_norm_eps"], config["rope_theta"])
             partial.rename(path)
+        llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()

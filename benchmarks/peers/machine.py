@@ -1,4 +1,4 @@
-"""What the figures were taken on, and whether anything else ran beside them. Linux's /proc, no package needed."""
+"""What the figures were taken on, and whether anything else ran beside them. Linux's /proc alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-TOLD_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+TOLD_FLAGS = [
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+]
 
 
 def describe() -> dict[str, Any]:
@@ -33,10 +42,12 @@ def commit(root: Path) -> str:
     """The checkout's commit, `+` after it where tracked files differ from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--short", "-uno") else "")
+        changed = "+" if git("status", "--short", "-uno") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -52,7 +63,8 @@ class Cpu:
         user, nice, system, idle, wait, irq, soft, steal = map(
             int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         )
-        return user + nice + system + irq + soft, steal, user + nice + system + idle + wait + irq + soft + steal
+        busy = user + nice + system + irq + soft
+        return busy, steal, busy + idle + wait + steal
 
     def shares(self) -> dict[str, float]:
         busy, steal, total = (now - then for now, then in zip(self._read(), self._start, strict=True))

@@ -1,8 +1,8 @@
 """What the shape's weight products alone reach in JAX: no attention, norm, rotary embedding or sampling.
 
-Every weight product of every layer and the head, in one program, as `jaxserve.models.layers.project` has them:
-bf16 weights [out, in], accumulated in f32, rounded to bf16. Prefill: a chunk of CHUNK rows, the head on the rows
-that end a prompt. It also measures the machine: memory and large products.
+Every weight product of every layer and the head, in one program, as `jaxserve.models.layers.project` has
+them: bf16 weights [out, in], accumulated in f32, rounded to bf16. Prefill: a chunk of CHUNK rows, the head on
+the rows that end a prompt. It also measures the machine: memory and large products.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Peer:
             rows, useful = max(len(prompts), 2 if self._dtype.itemsize == 2 else 1), len(prompts)
             ends = np.arange(rows)
         x = jnp.ones((rows, self._shape.hidden), self._dtype)
-        ends = jnp.asarray(ends, jnp.int32)
+        at = jnp.asarray(ends, jnp.int32)
         for _ in range(2):
-            jax.block_until_ready(function(x, layers, self._head, ends))
+            jax.block_until_ready(function(x, layers, self._head, at))
         calls, begin, end = 0, time.perf_counter(), 0.0
         while end - begin < SECONDS:
-            jax.block_until_ready(function(x, layers, self._head, ends))
+            jax.block_until_ready(function(x, layers, self._head, at))
             calls, end = calls + 1, time.perf_counter()
         return useful * calls / (end - begin), []
 
@@ -130,8 +130,8 @@ def best(call: Callable[[], object], times: int) -> float:
 
 
 def memory_rates() -> dict[str, float]:
-    """Large arrays by numpy, a thread a core, and by JAX. Bytes counted as STREAM does: those that the program reads and
-    writes, not the line that a store fetches first."""
+    """Large arrays by numpy, a thread a core, and by JAX. Bytes counted as STREAM does: those that the
+    program reads and writes, not the line that a store fetches first."""
     count = len(os.sched_getaffinity(0))
     part = MEMORY_BYTES // 4 // count
     a, b = np.ones((count, part), np.float32), np.ones((count, part), np.float32)
@@ -153,7 +153,8 @@ def memory_rates() -> dict[str, float]:
     y, z = jnp.ones(size // 4, jnp.float32), jnp.ones(size // 4, jnp.float32)
     total = jax.jit(jnp.sum)
     read = min(read, best(lambda: total(y).block_until_ready(), 5))
-    triad = jax.jit(lambda y, z: y + 3.0 * z, donate_argnums=0)  # in place: new pages would cost more than the sum
+    # in place: new pages would cost more than the sum
+    triad = jax.jit(lambda y, z: y + 3.0 * z, donate_argnums=0)
 
     def step() -> None:
         nonlocal y

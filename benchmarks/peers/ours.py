@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from benchmarks.peers import EnginePeer, Run, Settings
@@ -40,7 +40,7 @@ def generate(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Run:
 
 class Peer(EnginePeer):
     def __init__(self, settings: Settings) -> None:
-        self.versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        self.versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
         options = EngineOptions(dtype=settings.dtype, max_slots=settings.sequences)  # type: ignore[arg-type]
         self._engine = build_engine(settings.folder, options, progress=print)
 

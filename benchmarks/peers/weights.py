@@ -1,7 +1,7 @@
 """Random weights of a Llama's shape in a Hugging Face folder, the same for every peer.
 
-By numpy and safetensors alone, so that no peer is needed to make them: normal(0, 0.02) as transformers
-draws them, norms 1, a fixed seed. The tokenizer is made up: a byte or a word for every id.
+By numpy and safetensors alone, so that no peer is needed to make them: normal as transformers draws them,
+norms 1, a fixed seed. The tokenizer is made up: a byte or a word for every id.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-INIT_SCALE = 0.02
+EMBEDDING_SCALE = 0.02
 SEED = 135
 KEYS = {
     "hidden": "hidden_size",
@@ -88,11 +88,17 @@ def tensors(shape: Shape) -> dict[str, NDArray[np.generic]]:
     """bf16[out, in] by checkpoint key."""
     rng = np.random.default_rng(SEED)
 
-    def normal(*size: int) -> NDArray[np.generic]:
-        return (INIT_SCALE * rng.standard_normal(size, np.float32)).astype(ml_dtypes.bfloat16)
+    # 0.02 at 576; a narrower model with that would repeat its last token for ever, whatever its layers do
+    scale = 0.48 / shape.hidden**0.5
+
+    def normal(*size: int, scale: float = scale) -> NDArray[np.generic]:
+        return (scale * rng.standard_normal(size, np.float32)).astype(ml_dtypes.bfloat16)
 
     ones = np.ones(shape.hidden, ml_dtypes.bfloat16)
-    named = {"model.embed_tokens.weight": normal(shape.vocab, shape.hidden), "model.norm.weight": ones}
+    named = {
+        "model.embed_tokens.weight": normal(shape.vocab, shape.hidden, scale=EMBEDDING_SCALE),
+        "model.norm.weight": ones,
+    }
     for i in range(shape.layers):
         at = f"model.layers.{i}"
         named |= {
