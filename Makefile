@@ -48,9 +48,8 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@failed=0; for check in "ruff check ." "ruff format --check ." mypy; do \
+	  echo "$(BIN)/$$check"; $(BIN)/$$check || failed=1; done; exit $$failed
 
 $(VENV)/.installed: $(MADE) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .

@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAKE_DEVICES = 8  # CPU devices for the sharded tests; they cost an unsharded test nothing that can be measured
+FAKE_DEVICES = (
+    8  # CPU devices for the sharded tests; they cost an unsharded test nothing that can be measured
+)
 
 
 def settings(environ: dict[str, str]) -> dict[str, str]:

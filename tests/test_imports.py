@@ -1,7 +1,7 @@
 """The layers: imports point right only. Read from the source, so that a lazy import counts too.
 
-    cli, server, llm -> build -> engine -> {scheduler, models, text};   models -> {pallas_kernels, sharding}
-    build -> checkpoints
+cli, server, llm -> build -> engine -> {scheduler, models, text};   models -> {pallas_kernels, sharding}
+build -> checkpoints
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ LIGHT = {
 @pytest.mark.parametrize(("module", "heavy"), LIGHT.items(), ids=list(LIGHT))
 def test_importing_stays_light(module: str, heavy: tuple[str, ...]) -> None:
     program = f"import sys, {module}; print(*sorted(set({heavy}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 

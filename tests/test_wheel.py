@@ -1,4 +1,4 @@
-"""A wheel built from the repository: what is in it, and that it works where the repository is not on the path."""
+"""A wheel built from the repository: what is in it, and that it works where the repository is not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ COMMAND = ("-m", "jaxserve", "generate", "--prompt", "def ", "--max-tokens", "4"
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "JAXSERVE_"))}
-    return subprocess.run([*map(str, command)], cwd=cwd, env=kept, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*map(str, command)], cwd=cwd, env=kept, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_holds_the_four_packages_and_the_model_and_nothing_else(wheel: Path) -> 
     }
     assert inside == on_disk
     assert {f"checkpoints/embedded/model/{name}" for name in ("config.json", "tokenizer.json")} <= inside
-    assert any(name.startswith("checkpoints/embedded/model/") and name.endswith(".safetensors") for name in inside)
+    assert any(
+        name.startswith("checkpoints/embedded/model/") and name.endswith(".safetensors") for name in inside
+    )
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -133,7 +137,7 @@ def test_a_script_beside_a_decoy_is_told(installed: Path, tmp_path: Path) -> Non
 
 
 def harmless(folder: Path) -> None:
-    """What shadows nothing: a data folder with a package's name, and a decoy that only `jaxserve` is beside."""
+    """A data folder with a package's name, which shadows nothing."""
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step_100.bin").touch()
 
@@ -155,4 +159,4 @@ def test_generates_from_another_folder(installed: Path, tmp_path: Path) -> None:
     script = run(installed / "jaxserve", *COMMAND[2:], cwd=tmp_path)
     assert script.returncode == 0, script.stderr
     assert script.stdout == module.stdout
-    assert script.stdout.strip()
+    assert script.stdout.strip("\n")
