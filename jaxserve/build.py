@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +57,13 @@ class Loaded:
 
 def model_name(model: str | None) -> str:
     """The last part of the folder or hub id."""
-    return EMBEDDED_NAME if model is None else Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/")[-1]
+    return (
+        EMBEDDED_NAME
+        if model is None
+        else Path(model).resolve().name
+        if Path(model).is_dir()
+        else model.rsplit("/")[-1]
+    )
 
 
 def read_model(model: str | None, options: EngineOptions) -> Loaded:
@@ -108,14 +113,17 @@ def load_params(model: Decoder, loaded: Loaded, mesh: Mesh, layout: Layout) -> P
 
     targets = [target(w, i) for w in model.weights for i in (layers if w.per_layer else (None,))]
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_embeddings else None
-    huggingface.check(checkpoint, targets, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), tied=tied)
+    huggingface.check(
+        checkpoint, targets, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), tied=tied
+    )
     abstract = abstract_params(model, mesh, layout)
 
     def leaf(weight: Weight, layer: int | None) -> Callable[[tuple[slice, ...]], np.ndarray]:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if weight.per_layer and layer is None:
                 chosen = [
-                    huggingface.read_target(checkpoint, target(weight, i), index[1:]) for i in layers[index[0]]
+                    huggingface.read_target(checkpoint, target(weight, i), index[1:])
+                    for i in layers[index[0]]
                 ]
                 return np.stack(chosen)
             return huggingface.read_target(checkpoint, target(weight, layer), index)
@@ -189,7 +197,9 @@ def register_programs(
     programs = Programs()
     for tokens, rows in sorted(prefill_rows.items(), reverse=True):
 
-        def prefill(params: Params, state: Any, packed: jax.Array, tokens: int = tokens, rows: int = rows) -> Any:
+        def prefill(
+            params: Params, state: Any, packed: jax.Array, tokens: int = tokens, rows: int = rows
+        ) -> Any:
             return steps.prefill_step(params, state, packed, tokens=tokens, max_rows=rows)
 
         packed = ints(batch.prefill_size(tokens, rows, shape.pages_per_slot))
@@ -228,7 +238,12 @@ def register_programs(
     words = mask_words(model.config.vocab_size)
     programs.register(
         Program(
-            "edit_slot", 1, steps.edit_slot, (state, ints(batch.edits_size(words))), (0,), out_shardings=state_out
+            "edit_slot",
+            1,
+            steps.edit_slot,
+            (state, ints(batch.edits_size(words))),
+            (0,),
+            out_shardings=state_out,
         )
     )
     return programs
@@ -279,7 +294,9 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     """
     shape = parse_mesh(options.mesh)
     if shape.data > 1 or shape.expert > 1:
-        raise ValueError(f"--mesh {options.mesh}: only the tensor axis is available yet; data and expert must be 1")
+        raise ValueError(
+            f"--mesh {options.mesh}: only the tensor axis is available yet; data and expert must be 1"
+        )
     loaded = read_model(model, options)
     _check_divisible(loaded.config, shape.tensor)
     mesh = make_mesh(shape)
@@ -291,7 +308,9 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     steps = Steps(decoder, mesh, pages_per_slot)
     prefill_rows = prefill_buckets(options.prefill_chunk, options.max_slots)
     each = page_bytes(loaded.config, options.page_size, loaded.dtype) // shape.tensor
-    progress(f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len}, {device.device_kind} x {mesh.size}")
+    progress(
+        f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len}, {device.device_kind} x {mesh.size}"
+    )
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
@@ -334,7 +353,9 @@ def _too_small(
 ) -> str:
     need = pages if options.kv_pages is not None else pages_per_slot
     flag = (
-        f"--kv-pages={options.kv_pages}" if options.kv_pages is not None else "one sequence of --max-model-len"
+        f"--kv-pages={options.kv_pages}"
+        if options.kv_pages is not None
+        else "one sequence of --max-model-len"
     )
     return (
         f"{flag} needs {need} pages of {each} bytes = {need * each} bytes beside {other} bytes of weights, state"
@@ -414,7 +435,9 @@ def build_engine(
     rate = warm_up(engine)
     engine.facts["warmup_tokens_per_second"] = rate
     engine.facts["startup_seconds"] = time.perf_counter() - begin
-    progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all")
+    progress(
+        f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all"
+    )
     return engine
 
 
@@ -471,7 +494,9 @@ def dry_run(model: str | None, options: EngineOptions, progress: Progress = lamb
     lines = [f"{'program':<24}{'arguments':>16}{'temporary':>16}{'peak':>16}  bytes on one device"]
     for key in plan.programs.keys():
         memory = plan.programs.memory(key)
-        lines.append(f"{key[0] + ' ' + str(key[1]):<24}{memory.arguments:>16}{memory.temporary:>16}{memory.peak:>16}")
+        lines.append(
+            f"{key[0] + ' ' + str(key[1]):<24}{memory.arguments:>16}{memory.temporary:>16}{memory.peak:>16}"
+        )
     peak = max(plan.programs.memory(key).peak for key in plan.programs.keys())
     tokens = shape.num_pages * shape.page_size
     lines += [
@@ -496,7 +521,9 @@ def enable_compilation_cache(progress: Progress) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        progress(f"warning: no compilation cache, {folder} cannot be written ({error.strerror}); starts will be slower")
+        progress(
+            f"warning: no compilation cache, {folder} cannot be written ({error.strerror}); starts will be slower"
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", -1.0)

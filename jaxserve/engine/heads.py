@@ -38,9 +38,7 @@ def sample(
     """The token that each row draws for `positions`."""
     with jax.named_scope("sample"):
         edited = (rows.flags & EDITED) != 0
-        logits = jax.lax.cond(
-            jnp.any(edited), lambda x: _edit(x, rows, edits, edited), lambda x: x, logits
-        )
+        logits = jax.lax.cond(jnp.any(edited), lambda x: _edit(x, rows, edits, edited), lambda x: x, logits)
         early = positions < rows.min_end
         logits = jax.lax.cond(jnp.any(early), lambda x: _forbid_stop(x, rows, early), lambda x: x, logits)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -84,9 +82,7 @@ def _forbid_stop(
     return logits.at[index, targets].set(-jnp.inf, mode="drop")
 
 
-def _draw(
-    logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"]
-) -> Int[Array, " B"]:
+def _draw(logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"]) -> Int[Array, " B"]:
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     # Relative to the likeliest: 1 for it, and the order of floats from 0 to 1 is the order of their bits.
@@ -128,9 +124,7 @@ def _largest_threshold(odds: Float[Array, "B V"], enough: object) -> Float[Array
         ok = enough(odds >= _from_bits(middle)[:, None])  # type: ignore[operator]
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    low, _ = jax.lax.fori_loop(
-        0, 30, body, (jnp.zeros(rows, jnp.int32), jnp.full(rows, one + 1, jnp.int32))
-    )
+    low, _ = jax.lax.fori_loop(0, 30, body, (jnp.zeros(rows, jnp.int32), jnp.full(rows, one + 1, jnp.int32)))
     return _from_bits(low)
 
 

@@ -84,7 +84,8 @@ def new_state(abstract: EngineState) -> EngineState:
     """Zeros everywhere, each array made where it lives."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract), out_shardings=shardings
+        lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract),
+        out_shardings=shardings,
     )
     return make()
 

@@ -42,18 +42,14 @@ class Steps:
     def shards(self) -> int:
         return self.mesh.shape["tensor"]
 
-    def prefill(
-        self, params: Params, pool: Pool, batch: PrefillBatch
-    ) -> tuple[Float[Array, "T D"], Pool]:
+    def prefill(self, params: Params, pool: Pool, batch: PrefillBatch) -> tuple[Float[Array, "T D"], Pool]:
         """Hidden states of packed chunks, and the pool with their keys and values."""
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
             return prefill_attention(q, kv, pool, layer, *rows, window, scale=self._scale)
 
         rows = (batch.tables, batch.starts, batch.counts, batch.offsets)
-        return self.model.hidden_states(
-            params, pool, batch.tokens, batch.positions, self._attend(call, rows)
-        )
+        return self.model.hidden_states(params, pool, batch.tokens, batch.positions, self._attend(call, rows))
 
     def decode(
         self,
@@ -202,10 +198,6 @@ class Steps:
         return lambda q, kv, pool, layer, window: mapped(q, kv, pool, layer, window, *rows)
 
 
-def _scatter(
-    array: Array, slots: Int[Array, " B"], chosen: Bool[Array, " B"], values: Array
-) -> Array:
+def _scatter(array: Array, slots: Int[Array, " B"], chosen: Bool[Array, " B"], values: Array) -> Array:
     """`array` with `values[i]` at `slots[i]` where chosen."""
     return array.at[jnp.where(chosen, slots, array.shape[0])].set(values, mode="drop")
-
-

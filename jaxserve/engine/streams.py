@@ -78,7 +78,9 @@ class Stream:
 
 
 def token_logprob(results: Results, row: int, top: int) -> TokenLogprob:
-    alternatives = zip(results.top_tokens[row, :top].tolist(), results.top_logprobs[row, :top].tolist(), strict=True)
+    alternatives = zip(
+        results.top_tokens[row, :top].tolist(), results.top_logprobs[row, :top].tolist(), strict=True
+    )
     return TokenLogprob(
         token_id=int(results.tokens[row]),
         logprob=float(results.logprobs[row]),

@@ -181,7 +181,12 @@ class Decoder:
         return {"ends": ends, "layers": tuple(layer_dict(i) for i in range(self.config.num_layers))}
 
     def hidden_states(
-        self, params: Params, pool: Pool, tokens: Int[Array, " T"], positions: Int[Array, " T"], attend: Attend
+        self,
+        params: Params,
+        pool: Pool,
+        tokens: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        attend: Attend,
     ) -> tuple[Float[Array, "T D"], Pool]:
         """After the last norm. `attend` is called once a layer (once in all, traced, in a scan)."""
         c = self.config
@@ -228,5 +233,3 @@ def _put(tree: Params, name: str, value: Any) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[last] = value
-
-

@@ -49,7 +49,9 @@ class Linear(nnx.Module):
         return out + self.bias[...][None, :] if hasattr(self, "bias") else out
 
 
-def project(x: Float[Array, "T i"], w: Float[Array, "o i"], out: jnp.dtype | None = None) -> Float[Array, "T o"]:
+def project(
+    x: Float[Array, "T i"], w: Float[Array, "o i"], out: jnp.dtype | None = None
+) -> Float[Array, "T o"]:
     """x @ w.T, accumulated in f32, rounded to `out` (x's dtype by default)."""
     product = jax.lax.dot_general(
         x, w, (((1,), (1,)), ((), ())), precision=precision(x.dtype), preferred_element_type=jnp.float32

@@ -13,6 +13,4 @@ MODEL_TYPE = "llama"
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(config)
     bias = fields.flag("attention_bias")
-    return decoder_config(
-        MODEL_TYPE, fields, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias")
-    )
+    return decoder_config(MODEL_TYPE, fields, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))

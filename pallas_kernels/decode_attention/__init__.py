@@ -40,7 +40,9 @@ def decode_attention(
 def check(q: Array, kv: Array, pool: Array, table: Array, *, rows: int) -> None:
     tokens, heads, size = q.shape
     if kv.shape != (tokens, pool.shape[-1]):
-        raise ValueError(f"{kv.shape=} must be ({tokens}, {pool.shape[-1]}): tokens, then 2·K·H as in the pool")
+        raise ValueError(
+            f"{kv.shape=} must be ({tokens}, {pool.shape[-1]}): tokens, then 2·K·H as in the pool"
+        )
     if pool.shape[-1] % (2 * size) or heads % (pool.shape[-1] // (2 * size)):
         raise ValueError(f"{q.shape=} and {pool.shape=} share no whole number of key/value heads")
     if table.shape[0] != rows:
