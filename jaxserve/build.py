@@ -1,6 +1,7 @@
 """From options to a running engine: the one place that wires everything.
 
-    folder -> config -> mesh -> declared weights -> programs compiled -> pool sized -> weights placed -> warm-up
+    folder -> config -> mesh -> declared weights -> programs compiled -> pool sized -> weights placed
+    -> warm-up
 
 The pool's size follows from the memory that is there: the largest programs are compiled first, their own
 memory analysis says what a step needs beside weights and pages, and the pages get the rest.
@@ -309,7 +310,8 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     prefill_rows = prefill_buckets(options.prefill_chunk, options.max_slots)
     each = page_bytes(loaded.config, options.page_size, loaded.dtype) // shape.tensor
     progress(
-        f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len}, {device.device_kind} x {mesh.size}"
+        f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
+        f" {device.device_kind} x {mesh.size}"
     )
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
@@ -325,8 +327,9 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     pages = options.kv_pages or min(useful, max(int((limit - fixed) * 0.9) // each, pages_per_slot))
     if pages < pages_per_slot:
         raise ValueError(
-            f"--kv-pages={pages} of --page-size={options.page_size} hold {pages * options.page_size} tokens, less than"
-            f" one sequence of --max-model-len={loaded.max_model_len}; raise the one or lower the other"
+            f"--kv-pages={pages} of --page-size={options.page_size} hold {pages * options.page_size} tokens,"
+            f" less than one sequence of --max-model-len={loaded.max_model_len};"
+            " raise the one or lower the other"
         )
     pages = min(pages, MAX_FLAT_PAGES // loaded.config.num_layers) if options.kv_pages is None else pages
     if pages * each + fixed > limit:  # no need to compile anything to see that
@@ -358,9 +361,9 @@ def _too_small(
         else "one sequence of --max-model-len"
     )
     return (
-        f"{flag} needs {need} pages of {each} bytes = {need * each} bytes beside {other} bytes of weights, state"
-        f" and programs; {limit} bytes may be used. Lower --max-model-len, --max-slots, --prefill-chunk or"
-        f" --kv-pages, or raise --memory-fraction={options.memory_fraction}"
+        f"{flag} needs {need} pages of {each} bytes = {need * each} bytes beside {other} bytes of weights,"
+        f" state and programs; {limit} bytes may be used. Lower --max-model-len, --max-slots,"
+        f" --prefill-chunk or --kv-pages, or raise --memory-fraction={options.memory_fraction}"
     )
 
 
@@ -386,7 +389,10 @@ def _describe(model: Decoder) -> str:
 def build_engine(
     model: str | None, options: EngineOptions, *, progress: Progress = lambda line: None
 ) -> Engine:
-    """An engine that is warm: whatever it will run is compiled. Raises ValueError for what cannot be served."""
+    """An engine that is warm: whatever it will run is compiled.
+
+    Raises ValueError for what cannot be served.
+    """
     begin = time.perf_counter()
     enable_compilation_cache(progress)
     plan = plan_engine(model, options, progress)
@@ -434,10 +440,9 @@ def build_engine(
     )
     rate = warm_up(engine)
     engine.facts["warmup_tokens_per_second"] = rate
-    engine.facts["startup_seconds"] = time.perf_counter() - begin
-    progress(
-        f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {engine.facts['startup_seconds']:.1f} s in all"
-    )
+    seconds = time.perf_counter() - begin
+    engine.facts["startup_seconds"] = seconds
+    progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {seconds:.1f} s in all")
     return engine
 
 
@@ -522,7 +527,8 @@ def enable_compilation_cache(progress: Progress) -> None:
         probe.unlink()
     except OSError as error:
         progress(
-            f"warning: no compilation cache, {folder} cannot be written ({error.strerror}); starts will be slower"
+            f"warning: no compilation cache, {folder} cannot be written ({error.strerror});"
+            " starts will be slower"
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -105,7 +105,8 @@ def test_imports_point_right() -> None:
 def test_the_rule_sees_what_it_should(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
     file.write_text(
-        "import sharding.mesh\ndef f():\n    from jaxserve import llm, __version__\n    import numpy.sharding\n"
+        "import sharding.mesh\n"
+        "def f():\n    from jaxserve import llm, __version__\n    import numpy.sharding\n"
     )
     assert list(imports(file, set(modules()))) == [(1, "sharding.mesh"), (3, "jaxserve.llm"), (3, "jaxserve")]
     assert "jaxserve.engine" not in allowed("jaxserve.models")

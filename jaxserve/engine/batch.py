@@ -95,10 +95,9 @@ def sampling_row(
 def unpack_sampling(rows: Int[Array, "B width"]) -> SamplingRows:
     floats = jax.lax.bitcast_convert_type(rows[:, : len(_FLOATS)], jnp.float32)
     ints = rows[:, len(_FLOATS) : len(_FLOATS) + len(_INTS)]
-    return SamplingRows(
-        *(floats[:, i] for i in range(len(_FLOATS))),
-        *(ints[:, i] for i in range(len(_INTS))),
-        stop=rows[:, len(_FLOATS) + len(_INTS) :],
+    stop = rows[:, len(_FLOATS) + len(_INTS) :]
+    return SamplingRows._make(
+        [*(floats[:, i] for i in range(len(_FLOATS))), *(ints[:, i] for i in range(len(_INTS))), stop]
     )
 
 
@@ -150,12 +149,14 @@ def unpack_prefill(
     packed: Int[Array, " n"], *, tokens: int, max_rows: int, pages_per_slot: int
 ) -> PrefillBatch:
     table = packed[2 * tokens :].reshape(max_rows, _ROW + SAMPLING_WIDTH + pages_per_slot)
-    return PrefillBatch(
-        packed[:tokens],
-        packed[tokens : 2 * tokens],
-        *(table[:, i] for i in range(5)),
-        sampling=table[:, _ROW : _ROW + SAMPLING_WIDTH],
-        tables=table[:, _ROW + SAMPLING_WIDTH :],
+    return PrefillBatch._make(
+        [
+            packed[:tokens],
+            packed[tokens : 2 * tokens],
+            *(table[:, i] for i in range(5)),
+            table[:, _ROW : _ROW + SAMPLING_WIDTH],
+            table[:, _ROW + SAMPLING_WIDTH :],
+        ]
     )
 
 

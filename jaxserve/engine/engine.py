@@ -171,7 +171,7 @@ class Engine:
         return True
 
     def step_apart(self) -> tuple[float, float]:
-        """One turn without overlap: (host seconds, device seconds). For measuring; the slots' work goes on."""
+        """One turn without overlap: (host seconds, device seconds). For measuring; the work goes on."""
         self._settle()
         begin = time.perf_counter()
         self._take_inbox()

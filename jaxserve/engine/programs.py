@@ -91,9 +91,8 @@ class Programs:
                 key, compiled, seconds = future.result()
                 self._compiled[key] = compiled
                 done = len(self._compiled)
-                progress(
-                    f"compiled program {done} of {len(self._registered)}: {key[0]} {key[1]} in {seconds:.1f} s"
-                )
+                of = len(self._registered)
+                progress(f"compiled program {done} of {of}: {key[0]} {key[1]} in {seconds:.1f} s")
 
     def __getitem__(self, key: Key) -> jax.stages.Compiled:
         """The executable. Raises KeyError, naming what there is, rather than compile."""
@@ -103,7 +102,7 @@ class Programs:
             raise KeyError(f"program {key} was not compiled at start-up; there are {self.keys()}") from None
 
     def memory(self, key: Key) -> Memory:
-        analysis = self[key].memory_analysis()
+        analysis: Any = self[key].memory_analysis()
         return Memory(
             arguments=analysis.argument_size_in_bytes,
             outputs=analysis.output_size_in_bytes,

@@ -1,13 +1,15 @@
-"""Everything on the device that outlives a step: one pytree, donated to each program and handed back by it."""
+"""Everything on the device that outlives a step: one pytree, donated to each program and handed back."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxserve.engine.batch import SAMPLING_WIDTH
@@ -60,7 +62,7 @@ def abstract_state(config: ModelConfig, shape: StateShape, dtype: np.dtype, mesh
     words = mask_words(config.vocab_size)
     slots = shape.max_slots
 
-    def array(shape: tuple[int, ...], dtype: object, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str | None, ...]) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes))
 
     return EngineState(

@@ -7,10 +7,13 @@ compiled. Two small ones stand beside them: `edit_slot` and `prompt_logprobs`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.engine import heads
@@ -46,7 +49,10 @@ class Steps:
         """Hidden states of packed chunks, and the pool with their keys and values."""
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
-            return prefill_attention(q, kv, pool, layer, *rows, window, scale=self._scale)
+            table, starts, counts, offsets = rows
+            return prefill_attention(
+                q, kv, pool, layer, table, starts, counts, offsets, window, scale=self._scale
+            )
 
         rows = (batch.tables, batch.starts, batch.counts, batch.offsets)
         return self.model.hidden_states(params, pool, batch.tokens, batch.positions, self._attend(call, rows))
@@ -60,10 +66,14 @@ class Steps:
         tables: Int[Array, "B PP"],
         active: Bool[Array, " B"],
     ) -> tuple[Float[Array, "B D"], Pool]:
-        """Hidden states of one token per row, and the pool with its key and value. Inactive rows write nothing."""
+        """Hidden states of one token per row, and the pool with its key and value.
+
+        Inactive rows write nothing.
+        """
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
-            return decode_attention(q, kv, pool, layer, *rows, window, scale=self._scale)
+            table, lengths = rows
+            return decode_attention(q, kv, pool, layer, table, lengths, window, scale=self._scale)
 
         rows = (tables, jnp.where(active, positions + 1, 0))
         return self.model.hidden_states(params, pool, tokens, positions, self._attend(call, rows))
@@ -149,7 +159,7 @@ class Steps:
         parts = jnp.split(packed[1:], [words, 2 * words, 2 * words + MAX_LOGIT_BIAS])
         allowed, prompt, bias_tokens, bias = parts
 
-        def bits(x: Array, dtype: object) -> Array:
+        def bits(x: Array, dtype: DTypeLike) -> Array:
             return jax.lax.bitcast_convert_type(x, dtype)
 
         return dataclasses.replace(
@@ -180,10 +190,10 @@ class Steps:
     def _scale(self) -> float:
         return self.model.config.head_dim**-0.5
 
-    def _attend(self, call: object, rows: tuple[Array, ...]) -> Attend:
+    def _attend(self, call: Callable[..., Any], rows: tuple[Array, ...]) -> Attend:
         """`call` on each device's own heads: attention needs nothing from the others."""
         if self.mesh.size == 1:
-            return lambda q, kv, pool, layer, window: call(q, kv, pool, layer, window, *rows)  # type: ignore[operator]
+            return lambda q, kv, pool, layer, window: call(q, kv, pool, layer, window, *rows)
         q_spec = partition_spec(("token", "heads", "head"))
         kv_spec = partition_spec(("token", "kv_heads"))
         pool_spec = partition_spec(("layer", "page", "token", "kv_heads"))

@@ -65,7 +65,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate x) * up x) (Shazeer 2020). Kept as three products: fusing two of them costs relayouts."""
+    """down(silu(gate x) * up x) (Shazeer 2020). Three products: fusing two of them costs relayouts."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         c = config
@@ -163,7 +163,7 @@ class Decoder:
         )
 
     def tree(self, leaf: Callable[[Weight, int | None], Any], layout: Layout) -> Params:
-        """The parameters' nested dicts, each leaf made by `leaf(weight, layer)`; a stacked leaf has layer None."""
+        """The parameters' nested dicts of `leaf(weight, layer)`; a stacked leaf has layer None."""
         ends: Params = {}
         for declared in self.weights:
             if not declared.per_layer:

@@ -28,7 +28,7 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 class Linear(nnx.Module):
-    """x[..., in] -> [..., out]. The weight is [out, in], as checkpoints have it: faster at few rows on CPU."""
+    """x[..., in] -> [..., out]. The weight is [out, in] as in checkpoints: faster at few rows on CPU."""
 
     def __init__(
         self,

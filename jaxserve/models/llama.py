@@ -1,4 +1,7 @@
-"""Llama 2 and 3 and what shares their form (SmolLM, Yi, TinyLlama). Reference: transformers `modeling_llama`."""
+"""Llama 2 and 3 and what shares their form (SmolLM, Yi, TinyLlama).
+
+Reference: transformers `modeling_llama`.
+"""
 
 from __future__ import annotations
 

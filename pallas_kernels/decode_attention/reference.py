@@ -7,6 +7,8 @@ do not depend on the others: past its own end a block adds exactly nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -38,7 +40,7 @@ def decode_attention(
     block = per_block * page  # S
     table = pad_table(table, per_block)
     query = q.reshape(rows, kv_heads, group, size)
-    dot = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
+    dot: dict[str, Any] = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, seen = carry
