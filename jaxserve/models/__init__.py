@@ -14,7 +14,7 @@ FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, qwen2, qwen
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Raises ConfigError for an unknown architecture or a value that cannot be honoured."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"config.json: model_type={model_type!r} is not supported; it must be one of"
             f" {', '.join(sorted(FAMILIES))}"

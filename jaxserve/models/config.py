@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LAYERS = 10_000  # so that a nonsensical config.json is an error before anything is made for each layer
 
 # Training, bookkeeping and generation defaults: nothing here changes a logit.
 INERT = frozenset(
@@ -19,7 +20,8 @@ INERT = frozenset(
     decoder_start_token_id cls_token_id initializer_range model_type pretraining_tp transformers_version use_cache
     hidden_dropout attn_implementation output_attentions output_hidden_states return_dict resid_pdrop embd_pdrop
     task_specific_params problem_type id2label label2id tokenizer_class finetuning_task is_decoder
-    chunk_size_feed_forward torchscript prefix license name_or_path""".split()
+    chunk_size_feed_forward torchscript prefix license name_or_path is_llama_config transformers.js_config
+    unsloth_fixed""".split()
 )
 
 
@@ -103,12 +105,12 @@ class Fields:
         value = self._config.pop(key, None)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.take(key, default)
         if value is None:
             raise ConfigError(f"config.json has no {key!r}")
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise ConfigError(f"config.json: {key}={value!r} must be an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"config.json: {key}={value!r} must be an integer in [{low}, {high}]")
         return value
 
     def optional_integer(self, key: str, *, absent: int | None) -> int | None:
@@ -166,7 +168,7 @@ def decoder_config(
     """The keys that every dense decoder shares; `family` holds what its file decided. Ends with `finish()`."""
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     max_position = fields.integer("max_position_embeddings")
     head_dim = fields.take("head_dim")
     if head_dim is None and hidden % heads:
@@ -202,7 +204,7 @@ def layer_windows(fields: Fields, window: int | None, first_sliding: int = 0) ->
     layers = fields.peek("num_hidden_layers")  # checked when decoder_config reads it
     types = fields.take("layer_types")
     if types is None:
-        count = layers if isinstance(layers, int) else 0
+        count = layers if isinstance(layers, int) and layers <= MAX_LAYERS else 0
         return tuple(window if i >= first_sliding else None for i in range(count))
     if not isinstance(types, list) or len(types) != layers:
         raise ConfigError(f"config.json: layer_types must list {layers} layers")
@@ -216,7 +218,7 @@ def layer_windows(fields: Fields, window: int | None, first_sliding: int = 0) ->
 
 def _dtype(fields: Fields) -> str | None:
     old, new = fields.take("torch_dtype"), fields.take("dtype")
-    value = new or old
+    value = old if new is None else new
     if value is not None and value not in DTYPES:
         raise ConfigError(f"config.json: torch_dtype={value!r} is not supported; one of {', '.join(DTYPES)}")
     return value
@@ -275,12 +277,16 @@ def _rope(fields: Fields, max_position: int) -> Rope:
         case "yarn":
             factor = number("factor")
             attention = inner.pop("attention_factor", None)
-            mscale, mscale_all = inner.pop("mscale", None), inner.pop("mscale_all_dim", None)
-            if attention is None and mscale and mscale_all:
-                attention = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+            # 0 counts as absent, as in transformers
+            keys = ("mscale", "mscale_all_dim")
+            mscales = [number(key) if inner.get(key) else inner.pop(key, None) for key in keys]
+            if attention is None and all(mscales):
+                attention = _mscale(factor, mscales[0]) / _mscale(factor, mscales[1])
             elif attention is None:
                 attention = _mscale(factor, 1.0)
-            truncate = inner.pop("truncate", None)
+            truncate = inner.pop("truncate", True)
+            if not isinstance(truncate, bool):
+                raise ConfigError(f"config.json: {name}.truncate={truncate!r} must be true or false")
             rope = Rope(
                 kind,
                 theta,
@@ -288,7 +294,7 @@ def _rope(fields: Fields, max_position: int) -> Rope:
                 original,
                 beta_fast=number("beta_fast", 32.0),
                 beta_slow=number("beta_slow", 1.0),
-                truncate=truncate is not False,
+                truncate=truncate,
                 attention_factor=_number(f"{name}.attention_factor", attention),
             )
         case _:

@@ -62,7 +62,8 @@ def prefill_attention(
             chosen = jax.lax.dynamic_slice(table, (row, j * per_block), (1, per_block))[0]
             key_position = j * block + jnp.arange(block, dtype=jnp.int32)
             # Zeroed, not only masked: a freed page may hold a NaN, and 0 · NaN is NaN.
-            cached = jnp.where((key_position <= last)[:, None], read_pages(pool, layer, chosen), 0)
+            held = (key_position <= last) & (key_position > first - window)
+            cached = jnp.where(held[:, None], read_pages(pool, layer, chosen), 0)
             cached = cached.reshape(block, kv_heads, 2, size)
             ahead = position[:, None] - key_position[None, :]
             visible = ((ahead >= 0) & (ahead < window) & mine[:, None])[None, :, None, :]
