@@ -242,7 +242,7 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> _Flight:
         flight = _Flight(plan)
-        with jax.no_tracing(), jax.transfer_guard_device_to_device("allow"):
+        with jax.no_tracing():  # after warm-up a compile is an error
             for row in plan.prefill:
                 if row.first and batch.needs_edits(row.params):
                     self._edit(row)
