@@ -1,6 +1,6 @@
 """Host time per step beside device time per step, with every slot decoding; prints one JSON line.
 
-    python -m benchmarks.host_time [MODEL] [--slots 32] [--steps 100] [--quick]
+    python -m benchmarks.host_time [MODEL] [--slots 32] [--steps 30] [--quick]
 
 MODEL: a local folder; without one, random weights of SmolLM-135M's shape in bf16. Two parts, alternating:
 `apart`: `Engine.step_apart()`, plan and dispatch, then wait for the device, then commit; nothing overlaps, so
@@ -105,12 +105,12 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?", default=None)
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=100, help="per part and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30, help="per part and round")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the script")
     options = parser.parse_args()
     before = machine.idle_check()
-    slots, steps = (4, 20) if options.quick else (options.slots, options.steps)
+    slots, steps = (4, 5) if options.quick else (options.slots, options.steps)
     with tempfile.TemporaryDirectory(prefix="host_time-") as temporary:
         folder = options.model
         if folder is None:

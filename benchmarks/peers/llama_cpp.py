@@ -22,7 +22,7 @@ FLASH = {"flash": 1, "no flash": 0}  # LLAMA_FLASH_ATTN_TYPE_ENABLED, _DISABLED
 WARNING = 3  # GGML_LOG_LEVEL_WARN
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def log(level: int, text: bytes, user_data: object) -> None:
     if level >= WARNING:
         print(text.decode(errors="replace"), end="", file=sys.stderr)
