@@ -16,12 +16,14 @@ MAX_LAYERS = 10_000  # so that a nonsensical config.json is an error before anyt
 
 # Training, bookkeeping and generation defaults: nothing here changes a logit.
 INERT = frozenset(
-    """architectures attention_dropout auto_map bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    decoder_start_token_id cls_token_id initializer_range model_type pretraining_tp transformers_version use_cache
-    hidden_dropout attn_implementation output_attentions output_hidden_states return_dict resid_pdrop embd_pdrop
-    task_specific_params problem_type id2label label2id tokenizer_class finetuning_task is_decoder
-    chunk_size_feed_forward torchscript prefix license name_or_path is_llama_config transformers.js_config
-    unsloth_fixed""".split()
+    """
+    architectures attention_dropout auto_map bos_token_id eos_token_id pad_token_id unk_token_id
+    sep_token_id decoder_start_token_id cls_token_id initializer_range model_type pretraining_tp
+    transformers_version use_cache hidden_dropout attn_implementation output_attentions
+    output_hidden_states return_dict resid_pdrop embd_pdrop task_specific_params problem_type id2label
+    label2id tokenizer_class finetuning_task is_decoder chunk_size_feed_forward torchscript prefix
+    license name_or_path is_llama_config transformers.js_config unsloth_fixed
+    """.split()
 )
 
 
@@ -79,12 +81,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_heads} is not a multiple of"
+                f" num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd: rotary embeddings need pairs")
         if len(self.windows) != self.num_layers:
-            raise ConfigError(f"{len(self.windows)} attention windows for num_hidden_layers={self.num_layers}")
+            raise ConfigError(
+                f"{len(self.windows)} attention windows for num_hidden_layers={self.num_layers}"
+            )
 
     @property
     def q_size(self) -> int:
@@ -157,7 +162,12 @@ class Fields:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise ConfigError(f"config.json: {key}={value!r} must be a positive number")
     return float(value)
 
@@ -165,14 +175,16 @@ def _number(key: str, value: Any) -> float:
 def decoder_config(
     model_type: str, fields: Fields, *, windows: tuple[int | None, ...] | None = None, **family: Any
 ) -> ModelConfig:
-    """The keys that every dense decoder shares; `family` holds what its file decided. Ends with `finish()`."""
+    """The keys that every dense decoder shares; `family` holds what its file decided. Calls `finish()`."""
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     max_position = fields.integer("max_position_embeddings")
     head_dim = fields.take("head_dim")
     if head_dim is None and hidden % heads:
-        raise ConfigError(f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        raise ConfigError(
+            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+        )
     head_dim = hidden // heads if head_dim is None else head_dim
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 2:
         raise ConfigError(f"config.json: head_dim={head_dim!r} must be an even integer of at least 2")
@@ -245,7 +257,9 @@ def _rope(fields: Fields, max_position: int) -> Rope:
     if original is None:
         original = max_position
     elif isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ConfigError(f"config.json: {name}.original_max_position_embeddings={original!r} must be an integer")
+        raise ConfigError(
+            f"config.json: {name}.original_max_position_embeddings={original!r} must be an integer"
+        )
 
     def number(key: str, default: float | None = None) -> float:
         value = inner.pop(key, None)
@@ -299,7 +313,8 @@ def _rope(fields: Fields, max_position: int) -> Rope:
             )
         case _:
             raise ConfigError(
-                f"config.json: {name}.rope_type={kind!r} is not supported; default, linear, dynamic, llama3 or yarn"
+                f"config.json: {name}.rope_type={kind!r} is not supported;"
+                " default, linear, dynamic, llama3 or yarn"
             )
     left = sorted(key for key, value in inner.items() if value is not None)
     if left:

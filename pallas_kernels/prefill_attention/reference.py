@@ -8,6 +8,8 @@ visited once for each.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -44,7 +46,7 @@ def prefill_attention(
     per_block = pages_per_block(pool, table.shape[1])
     block = per_block * page  # S
     table = pad_table(table, per_block)
-    dot = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
+    dot: dict[str, Any] = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
     grouped = q.reshape(tokens, kv_heads, group, size)
 
     def query_block(i: Array, row: Array, out: Array) -> Array:
