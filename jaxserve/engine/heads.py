@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxserve.engine.batch import EDITED, LOGPROBS, RESULT_WIDTH, SamplingRows
 from jaxserve.scheduler.types import MAX_LOGPROBS
+from sharding import partition_spec
 
 BLOCK = 128  # tokens of the vocabulary that a draw looks at together
 
@@ -174,39 +176,45 @@ def _locate(
 
 
 def logprob_columns(
-    logits: Float[Array, "B V"], tokens: Int[Array, " B"], shards: int
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], mesh: Mesh
 ) -> Int[Array, "B result"]:
     """Rows of RESULT_WIDTH: token, its logprob and rank, then the likeliest tokens and their logprobs."""
     with jax.named_scope("logprobs"):
         total = jax.nn.logsumexp(logits, axis=-1)
         own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
         rank = 1 + jnp.sum(logits > own[:, None], axis=-1, dtype=jnp.int32)
-        values, ids = _top(logits, shards)
+        values, ids = _top(logits, mesh)
         return _columns(tokens, own - total, rank, ids, values - total[:, None])
 
 
 def result_columns(
-    logits: Float[Array, "B V"], tokens: Int[Array, " B"], rows: SamplingRows, shards: int
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], rows: SamplingRows, mesh: Mesh
 ) -> Int[Array, "B result"]:
     """As `logprob_columns` where any row asks for logprobs, else the tokens alone."""
     bare = jnp.zeros((tokens.shape[0], RESULT_WIDTH), jnp.int32).at[:, 0].set(tokens)
     return jax.lax.cond(
         jnp.any((rows.flags & LOGPROBS) != 0),
-        lambda x: logprob_columns(x, tokens, shards),
+        lambda x: logprob_columns(x, tokens, mesh),
         lambda x: bare,
         logits,
     )
 
 
-def _top(logits: Float[Array, "B V"], shards: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """The MAX_LOGPROBS likeliest, best first: within each shard of the vocabulary, then among those."""
-    rows, vocab = logits.shape
-    width = vocab // shards
+def _top(logits: Float[Array, "B V"], mesh: Mesh) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """The MAX_LOGPROBS likeliest, best first: on each device among its own, then among those."""
+    shards = mesh.shape["tensor"]
+    width = logits.shape[1] // shards
     keep = min(MAX_LOGPROBS, width)
-    values, ids = jax.lax.top_k(logits.reshape(rows, shards, width), keep)
-    ids = ids + jnp.arange(shards, dtype=jnp.int32)[None, :, None] * width
-    values, ids = values.reshape(rows, -1), ids.reshape(rows, -1)
-    if shards > 1:
+    if shards == 1:
+        values, ids = jax.lax.top_k(logits, keep)
+    else:
+
+        def own(part: Array) -> tuple[Array, Array]:
+            values, ids = jax.lax.top_k(part, keep)
+            return values, ids + jax.lax.axis_index("tensor") * width
+
+        spec = partition_spec(("slot", "vocab"))
+        values, ids = jax.shard_map(own, mesh=mesh, in_specs=spec, out_specs=(spec, spec))(logits)
         values, order = jax.lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
         ids = jnp.take_along_axis(ids, order, axis=1)
     short = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))  # a vocabulary smaller than MAX_LOGPROBS

@@ -41,10 +41,6 @@ class Steps:
     mesh: Mesh
     pages_per_slot: int
 
-    @property
-    def shards(self) -> int:
-        return self.mesh.shape["tensor"]
-
     def prefill(self, params: Params, pool: Pool, batch: PrefillBatch) -> tuple[Float[Array, "T D"], Pool]:
         """Hidden states of packed chunks, and the pool with their keys and values."""
 
@@ -150,7 +146,7 @@ class Steps:
             done=_scatter(state.done, slots, reset, active & stopped),
             counts=state.counts.at[counted, jnp.maximum(drawn, 0)].add(1, mode="drop"),
         )
-        return state, heads.result_columns(logits, drawn, rows, self.shards)
+        return state, heads.result_columns(logits, drawn, rows, self.mesh)
 
     def edit_slot(self, state: EngineState, packed: Int[Array, " n"]) -> EngineState:
         """The state with a slot's logit edits replaced; see `batch.pack_edits`."""
@@ -181,7 +177,7 @@ class Steps:
         chunk = min(LOGPROB_CHUNK, hidden.shape[0])
 
         def part(pair: tuple[Array, Array]) -> Array:
-            return heads.logprob_columns(self.model.logits(params, pair[0]), pair[1], self.shards)
+            return heads.logprob_columns(self.model.logits(params, pair[0]), pair[1], self.mesh)
 
         rows = jax.lax.map(part, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
         return rows.reshape(hidden.shape[0], -1)
