@@ -161,9 +161,9 @@ def dummy_params(model: Decoder, mesh: Mesh, layout: Layout, seed: int) -> Param
 def decode_buckets(max_slots: int, dtype: np.dtype) -> list[int]:
     """Rows per decode program: halves down to 8, then one small one.
 
-    On CPU the cost of a row is not nothing beside that of reading the weights, so 9 sequences should not pay for
-    32; below 8 it nearly is. At 16 bits one row alone misses XLA's fast product on CPU (a head of 49,152 tokens
-    by 576 took 55 ms with one row and 3.3 with two), so the smallest bucket has two.
+    On CPU the cost of a row is not nothing beside that of reading the weights, so 9 sequences should not pay
+    for 32; below 8 it nearly is. At 16 bits one row alone misses XLA's fast product on CPU (a head of 49,152
+    tokens by 576 took 55 ms with one row and 3.3 with two), so the smallest bucket has two.
     """
     least = 1 if dtype.itemsize == 4 else 2
     sizes = {least, max(max_slots, least)}
@@ -174,8 +174,9 @@ def decode_buckets(max_slots: int, dtype: np.dtype) -> list[int]:
 
 
 def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
-    """Packed tokens -> rows, a fourfold apart; multiples of the attention's query block."""
-    largest = -(-chunk // 128) * 128 if chunk > 128 else -(-chunk // 16) * 16
+    """Packed tokens -> rows, a fourfold apart; multiples of the attention's query block, or at most 64, which
+    is what prompt logprobs take at a time."""
+    largest = -(-chunk // 128) * 128 if chunk > 64 else -(-chunk // 16) * 16
     sizes = {largest}
     while largest > 32:
         smaller = largest // 4
