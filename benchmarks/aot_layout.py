@@ -86,7 +86,9 @@ def config(model: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chip", default="v5e-8")
     parser.add_argument("--model", default="70b", choices=SHAPES)
     parser.add_argument("--slots", type=int, default=64)

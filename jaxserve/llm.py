@@ -107,7 +107,11 @@ class LLM:
         """
         texts = _as_prompts(prompts)
         pending = []
-        for prompt, chosen in zip(texts, _each(params, SamplingParams(**self.engine.limits.sampling_defaults), len(texts)), strict=True):
+        for prompt, chosen in zip(
+            texts,
+            _each(params, SamplingParams(**self.engine.limits.sampling_defaults), len(texts)),
+            strict=True,
+        ):
             text = prompt if isinstance(prompt, str) else None
             ids = encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             pending.append(self._request(text, ids, chosen))

@@ -92,7 +92,10 @@ def test_weights_arrive_in_every_dtype_and_layout(tmp_path, stored, layout):
     ("changes", "message"),
     [
         ({"kv_pages": 10**12}, r"--kv-pages=1000000000000 needs .* bytes .* may be used"),
-        ({"memory_fraction": 1e-9}, r"one sequence of --max-model-len needs 16 pages of \d+ bytes .*--max-model-len"),
+        (
+            {"memory_fraction": 1e-9},
+            r"one sequence of --max-model-len needs 16 pages of \d+ bytes .*--max-model-len",
+        ),
         ({"max_model_len": 257}, r"--max-model-len=257 is beyond the model's context of 256"),
         ({"mesh": "tensor=3"}, r"--mesh tensor=3 does not divide the model's num_key_value_heads=2"),
         ({"mesh": "tensor=64"}, r"does not divide|there are \d+"),
@@ -107,7 +110,9 @@ def test_what_does_not_fit_is_refused_by_flag_and_bytes(folder, changes, message
 
 def test_an_unknown_architecture_is_refused(tmp_path):
     tiny.write_model(tmp_path, model_type="mamba")
-    with pytest.raises(ConfigError, match=r"model_type='mamba' is not supported.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        ConfigError, match=r"model_type='mamba' is not supported.*llama, mistral, qwen2, qwen3"
+    ):
         build.build_engine(str(tmp_path), SMALL)
 
 

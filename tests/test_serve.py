@@ -119,17 +119,20 @@ def test_a_client_that_leaves_frees_its_slot(server: Server, client: openai.Open
     for stream in (True, False):
         for _ in range(6):  # four run, two wait
             try:
-                with httpx.Client(timeout=0.3) as leaving, leaving.stream(
-                    "POST",
-                    f"{server.url}/v1/completions",
-                    json={
-                        "model": MODEL,
-                        "prompt": "x",
-                        "max_tokens": 250,
-                        "ignore_eos": True,
-                        "stream": stream,
-                    },
-                ) as response:
+                with (
+                    httpx.Client(timeout=0.3) as leaving,
+                    leaving.stream(
+                        "POST",
+                        f"{server.url}/v1/completions",
+                        json={
+                            "model": MODEL,
+                            "prompt": "x",
+                            "max_tokens": 250,
+                            "ignore_eos": True,
+                            "stream": stream,
+                        },
+                    ) as response,
+                ):
                     next(response.iter_raw())
             except httpx.ReadTimeout:
                 pass

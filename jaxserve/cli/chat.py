@@ -41,7 +41,9 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
             if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
                 say("error: this model has no chat template: use `jaxserve generate`")
                 return FAILED
-            return converse(llm, arguments.system, arguments.sampling.params(llm.engine.limits.sampling_defaults))
+            return converse(
+                llm, arguments.system, arguments.sampling.params(llm.engine.limits.sampling_defaults)
+            )
     except (LoadError, RuntimeError) as error:
         say(f"error: {error}")
         return FAILED

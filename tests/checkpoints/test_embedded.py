@@ -14,7 +14,15 @@ from tokenizers import Tokenizer
 
 from checkpoints.embedded import MODEL_DIR
 from checkpoints.embedded import data as data_module
-from checkpoints.embedded.data import HELD_OUT, Corpus, Tokens, Windows, chat_pairs, is_test_of_held_out, render_pair
+from checkpoints.embedded.data import (
+    HELD_OUT,
+    Corpus,
+    Tokens,
+    Windows,
+    chat_pairs,
+    is_test_of_held_out,
+    render_pair,
+)
 from checkpoints.embedded.evaluate import evaluate, spans
 from checkpoints.embedded.model import ModelConfig, initialise, load_model, save_model, token_losses
 from checkpoints.embedded.train import TrainConfig, train
@@ -59,7 +67,9 @@ def random_tokens(seed: int = 0) -> Tokens:
     rng = np.random.default_rng(seed)
 
     def draw(count: int) -> list[np.ndarray]:
-        return [rng.integers(0, TINY.vocabulary, rng.integers(20, 90)).astype(np.uint16) for _ in range(count)]
+        return [
+            rng.integers(0, TINY.vocabulary, rng.integers(20, 90)).astype(np.uint16) for _ in range(count)
+        ]
 
     return Tokens(library=draw(9), tests=draw(9), pairs=draw(5))
 
@@ -86,7 +96,8 @@ def test_transformers_loads_the_folder_and_agrees_on_the_losses(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "def f(x):\n    return x\n", "é ☃ \r\n\t x = '1234567'\n\n\n  y", "a<|end|>b", "\x00\x7f"]
+    "text",
+    ["", " ", "def f(x):\n    return x\n", "é ☃ \r\n\t x = '1234567'\n\n\n  y", "a<|end|>b", "\x00\x7f"],
 )
 def test_auto_tokenizer_gives_the_same_ids(tokenizer, text):
     transformers = pytest.importorskip("transformers")
@@ -98,7 +109,10 @@ def test_auto_tokenizer_gives_the_same_ids(tokenizer, text):
 
 
 def test_chat_template_renders_alike_in_plain_jinja_and_as_trained(tokenizer):
-    messages = [{"role": "user", "content": "Write f."}, {"role": "assistant", "content": "def f():\n    pass"}]
+    messages = [
+        {"role": "user", "content": "Write f."},
+        {"role": "assistant", "content": "def f():\n    pass"},
+    ]
     template = (MODEL_DIR / "chat_template.jinja").read_text()
     assert json.loads((MODEL_DIR / "tokenizer_config.json").read_text())["chat_template"] == template
     plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
@@ -123,7 +137,9 @@ def test_bits_per_byte_are_as_recorded_and_under_70_percent_of_xz(tokenizer, hel
     again = evaluate(params, config, tokenizer, {path: held_out[path]})["files"][path]
     assert again["bytes"] == recorded["files"][path]["bytes"]
     assert again["xz_bits_per_byte"] == pytest.approx(recorded["files"][path]["xz_bits_per_byte"], rel=0.01)
-    assert again["model_bits_per_byte"] == pytest.approx(recorded["files"][path]["model_bits_per_byte"], rel=1e-3)
+    assert again["model_bits_per_byte"] == pytest.approx(
+        recorded["files"][path]["model_bits_per_byte"], rel=1e-3
+    )
 
 
 def test_tokenizer_loses_no_byte(tokenizer, held_out):
@@ -192,7 +208,7 @@ def test_held_out_modules_and_their_tests_are_in_no_training_text(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"# {path} " * 20)
     corpus: Corpus = data_module.read_corpus(tmp_path)
-    assert {path: "library" for path in corpus.library} | {path: "tests" for path in corpus.tests} == kept
+    assert dict.fromkeys(corpus.library, "library") | dict.fromkeys(corpus.tests, "tests") == kept
     assert set(corpus.held_out) == {f"{module}.py" for module in HELD_OUT}
     assert is_test_of_held_out("test/test_heapq.py") and not is_test_of_held_out("test/test_queue.py")
     (tmp_path / "heapq.py").unlink()

@@ -55,9 +55,7 @@ class Reply:
         return [token for output in self.outputs if output.index == index for token in output.token_ids]
 
     def logprobs(self, index: int = 0) -> list[Any]:
-        return [
-            entry for output in self.outputs if output.index == index for entry in output.logprobs or ()
-        ]
+        return [entry for output in self.outputs if output.index == index for entry in output.logprobs or ()]
 
     @property
     def finishes(self) -> list[Any]:
