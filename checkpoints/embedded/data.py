@@ -1,11 +1,13 @@
 """The embedded model's data: the source of Python's own standard library.
 
-Decides which files are trained on and which are held out, trains the tokenizer, makes question-and-answer pairs
-from docstrings and function bodies, and deals the tokens out as shuffled windows. Everything is a pure function of
-the running Python's standard library and a seed. It knows nothing of the model or of the optimizer.
+Decides which files are trained on and which are held out, trains the tokenizer, makes question-and-answer
+pairs from docstrings and function bodies, and deals the tokens out as shuffled windows. Everything is a pure
+function of the running Python's standard library and a seed. It knows nothing of the model or of the
+optimizer.
 
-A document is `<|bos|> text <|end|>`; a pair is exactly what the chat template makes of it. Documents are shuffled,
-joined, cut into windows and the windows shuffled; attention is not masked between the documents of a window.
+A document is `<|bos|> text <|end|>`; a pair is exactly what the chat template makes of it. Documents are
+shuffled, joined, cut into windows and the windows shuffled; attention is not masked between the documents of
+a window.
 """
 
 import ast
@@ -21,8 +23,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 # Modules of varied kind that are held out whole, with everything under Lib/test named test_<module>.
 HELD_OUT = (
-    "bisect", "calendar", "cmd", "colorsys", "configparser", "csv", "difflib", "fnmatch", "fractions", "graphlib",
-    "heapq", "netrc", "plistlib", "sched", "shlex", "statistics", "textwrap", "timeit", "wave", "zipapp",
+    "bisect", "calendar", "cmd", "colorsys", "configparser", "csv", "difflib", "fnmatch", "fractions",
+    "graphlib", "heapq", "netrc", "plistlib", "sched", "shlex", "statistics", "textwrap", "timeit",
+    "wave", "zipapp",
 )  # fmt: skip
 
 BOS, END = "<|bos|>", "<|end|>"
@@ -40,26 +43,38 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-# Left out of training: generated tables and catalogues, bundled third-party code, and test inputs that are not Python.
-LEFT_OUT_FOLDERS = ("site-packages", "__pycache__", "ensurepip", "pydoc_data", "lib-dynload", "data", "cjkencodings")
-LEFT_OUT_PATTERN = re.compile(r"html/entities\.py$|encodings/(?!__init__|aliases|utf_8|idna|punycode|hex|base64)")
+# Left out of training: generated tables and catalogues, bundled third-party code, and test inputs that are
+# not Python.
+LEFT_OUT_FOLDERS = (
+    "site-packages",
+    "__pycache__",
+    "ensurepip",
+    "pydoc_data",
+    "lib-dynload",
+    "data",
+    "cjkencodings",
+)
+LEFT_OUT_PATTERN = re.compile(
+    r"html/entities\.py$|encodings/(?!__init__|aliases|utf_8|idna|punycode|hex|base64)"
+)
 MOST_DIGITS = 0.12  # of a file's characters; above that it is a table
 MOST_BYTES = 400_000
 
-# One pre-token: a run of line ends with the next line's indentation; a word with the one sign or blank before it;
-# up to three digits; a run of signs; blanks.
+# One pre-token: a run of line ends with the next line's indentation; a word with the one sign or blank before
+# it; up to three digits; a run of signs; blanks.
 PRE_TOKEN = r"(?:[ \t]*\r?\n)+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+(?=\S)|\s+"
 
 # First words of a docstring that read well after "the function that ..." once put into the third person.
 VERBS_TEXT = """
-Accept Add Append Apply Ask Assert Attempt Build Calculate Call Cancel Change Check Clean Clear Close Collect
-Compare Compile Compute Connect Construct Convert Copy Count Create Decode Define Delete Determine Disable Display
-Download Draw Emit Enable Encode Ensure Escape Evaluate Execute Extract Fetch Fill Filter Find Finish Flush Format
-Generate Get Give Handle Ignore Implement Increment Indicate Initialize Insert Install Invoke Iterate Join Launch
-List Load Locate Look Make Mark Match Merge Move Normalize Open Parse Perform Pop Prepare Print Process Produce
-Provide Put Query Quote Raise Read Receive Record Register Reload Remove Rename Render Replace Report Reset Resolve
-Restore Retrieve Return Run Save Scan Search Select Send Set Show Skip Sort Split Start Stop Store Strip Take Test
-Tell Transform Translate Try Turn Unregister Update Use Validate Verify Wait Wrap Write Yield
+Accept Add Append Apply Ask Assert Attempt Build Calculate Call Cancel Change Check Clean Clear Close
+Collect Compare Compile Compute Connect Construct Convert Copy Count Create Decode Define Delete Determine
+Disable Display Download Draw Emit Enable Encode Ensure Escape Evaluate Execute Extract Fetch Fill Filter
+Find Finish Flush Format Generate Get Give Handle Ignore Implement Increment Indicate Initialize Insert
+Install Invoke Iterate Join Launch List Load Locate Look Make Mark Match Merge Move Normalize Open Parse
+Perform Pop Prepare Print Process Produce Provide Put Query Quote Raise Read Receive Record Register Reload
+Remove Rename Render Replace Report Reset Resolve Restore Retrieve Return Run Save Scan Search Select Send
+Set Show Skip Sort Split Start Stop Store Strip Take Test Tell Transform Translate Try Turn Unregister
+Update Use Validate Verify Wait Wrap Write Yield
 """
 VERBS = frozenset(VERBS_TEXT.split())
 
@@ -88,13 +103,17 @@ def is_test_of_held_out(path: str) -> bool:
 
 
 def read_corpus(folder: Path | None = None) -> Corpus:
-    """Reads and divides the standard library. `folder` stands in for it (tests); raises where held-out is missing."""
+    """Reads and divides the standard library; raises where a held-out module is missing.
+
+    `folder` stands in for it (tests).
+    """
     folder = Path(folder or sysconfig.get_path("stdlib"))
     corpus = Corpus({}, {}, {})
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
-        path = file.relative_to(folder).as_posix()
-        if any(part in LEFT_OUT_FOLDERS for part in file.relative_to(folder).parts) or is_test_of_held_out(path):
+        relative = file.relative_to(folder)
+        path = relative.as_posix()
+        if any(part in LEFT_OUT_FOLDERS for part in relative.parts) or is_test_of_held_out(path):
             continue
         raw = file.read_bytes()
         try:
@@ -124,7 +143,7 @@ def read_corpus(folder: Path | None = None) -> Corpus:
 
 
 def train_tokenizer(corpus: Corpus, vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of `vocabulary` tokens, learnt on the training texts; encoding puts `<|bos|>` first."""
+    """A byte-level BPE of `vocabulary` tokens, learnt on the training texts; encoding puts BOS first."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRE_TOKEN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -148,7 +167,10 @@ def train_tokenizer(corpus: Corpus, vocabulary: int) -> Tokenizer:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence as the end of "... that": `Return the sum.` gives `returns the sum.`; None where unfit."""
+    """The first sentence as the end of "... that": `Return the sum.` gives `returns the sum.`.
+
+    None where unfit.
+    """
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
     verb, _, rest = sentence.partition(" ")
@@ -157,7 +179,11 @@ def first_sentence(docstring: str) -> str | None:
     if verb in VERBS:
         third = verb.lower() + ("es" if verb.endswith(("ch", "sh", "x", "ss")) else "s")
         third = re.sub(r"([^aeiou])ys$", r"\1ies", third)
-    elif verb.removesuffix("s") in VERBS or verb.removesuffix("es") in VERBS or verb in ("Tries", "Applies", "Copies"):
+    elif (
+        verb.removesuffix("s") in VERBS
+        or verb.removesuffix("es") in VERBS
+        or verb in ("Tries", "Applies", "Copies")
+    ):
         third = verb.lower()
     else:
         return None
@@ -165,7 +191,7 @@ def first_sentence(docstring: str) -> str | None:
 
 
 def chat_pairs(texts: dict[str, str]) -> list[tuple[str, str]]:
-    """(question, function source) for every documented function of 4 to 60 lines, in order of path and line."""
+    """(question, source) for every documented function of 4 to 60 lines, in order of path and line."""
     pairs = []
     for _, text in sorted(texts.items()):
         try:
@@ -215,10 +241,11 @@ def encode_corpus(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
 
 
 class Windows:
-    """Shuffled windows of `length + 1` tokens, without end; `take` is a function of the position alone, so the
-    number of windows taken so far is all that a restart needs.
+    """Shuffled windows of `length + 1` tokens, without end.
 
-    A round holds every library document, every pair and a quarter of the test documents, another quarter each round.
+    `take` is a function of the position alone, so the number of windows taken so far is all that a restart
+    needs. A round holds every library document, every pair and a quarter of the test documents, another
+    quarter each round.
     """
 
     TEST_PARTS = 4

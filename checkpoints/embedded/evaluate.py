@@ -1,9 +1,9 @@
 """Bits per byte of the embedded model on the held-out modules, beside what `xz -9` makes of the same files.
 
-Every byte of each file counts. A file is scored as `<|bos|>` and its tokens (the closing `<|end|>` is not scored, as
-xz's figure has no such symbol either). Windows are `context` tokens long and move on by half of that: the first is
-scored whole, of each later one only the tokens that no earlier window scored, so that a token after the first window
-has between context / 2 and context tokens before it.
+Every byte of each file counts. A file is scored as `<|bos|>` and its tokens (the closing `<|end|>` is not
+scored, as xz's figure has no such symbol either). Windows are `context` tokens long and move on by half of
+that: the first is scored whole, of each later one only the tokens that no earlier window scored, so that a
+token after the first window has between context / 2 and context tokens before it.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ ROWS = 4  # windows scored at a time
 
 
 def spans(length: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first scored, end) of each window over `length` tokens of which the first, BOS, is never scored."""
+    """(start, first scored, end) of each window over `length` tokens; the first, BOS, is never scored."""
     scored = 1
     while scored < length:
         start = 0 if scored == 1 else scored - context // 2
@@ -54,16 +55,24 @@ def nats_of(params: Params, ids: list[int], context: int, scorer: Callable) -> f
 
 
 def evaluate(params: Params, config: ModelConfig, tokenizer: Tokenizer, texts: dict[str, str]) -> dict:
-    """Per file and together: bytes, tokens, the model's bits per byte, xz's, and the first as a share of the second."""
+    """Per file and together: bytes, tokens, bits per byte of the model and of xz, and their ratio."""
     scorer = make_scorer(config)
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path, text in sorted(texts.items()):
         size, ids = len(text.encode()), tokenizer.encode(text).ids
         bits = nats_of(params, ids, config.context, scorer) / math.log(2)
         xz_bits = 8 * len(lzma.compress(text.encode(), preset=9))
         digest = hashlib.sha256(text.encode()).hexdigest()
-        files[path] = {"bytes": size, "tokens": len(ids) - 1, "model_bits": bits, "xz_bits": xz_bits, "sha256": digest}
-    total = {key: sum(file[key] for file in files.values()) for key in ("bytes", "tokens", "model_bits", "xz_bits")}
+        files[path] = {
+            "bytes": size,
+            "tokens": len(ids) - 1,
+            "model_bits": bits,
+            "xz_bits": xz_bits,
+            "sha256": digest,
+        }
+    total: dict[str, Any] = {
+        key: sum(file[key] for file in files.values()) for key in ("bytes", "tokens", "model_bits", "xz_bits")
+    }
     for row in (*files.values(), total):
         row["model_bits_per_byte"] = row.pop("model_bits") / row["bytes"]
         row["xz_bits_per_byte"] = row.pop("xz_bits") / row["bytes"]

@@ -1,8 +1,8 @@
 """The embedded model's forward pass for training, and its export to the Hugging Face layout.
 
-A plain Llama (RMSNorm, rotary positions, grouped-query attention, gated MLP, tied embeddings) as pure functions
-over a dict of arrays, written for gradient descent on a CPU. It knows nothing of serving, caches or sampling:
-the engine reads the exported folder like any other checkpoint.
+A plain Llama (RMSNorm, rotary positions, grouped-query attention, gated MLP, tied embeddings) as pure
+functions over a dict of arrays, written for gradient descent on a CPU. It knows nothing of serving, caches or
+sampling: the engine reads the exported folder like any other checkpoint.
 
 Letters: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size,
 D model size, F MLP size, V vocabulary, L layers.
@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from safetensors.flax import load_file, save_file
 
@@ -44,7 +45,7 @@ class ModelConfig:
         return self.hidden // self.heads
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight by its Hugging Face name. A projection is stored `[in, out]` here and transposed on export."""
+        """Every weight by its Hugging Face name. Projections are `[in, out]`, transposed on export."""
         d, f, kv = self.hidden, self.mlp, self.kv_heads * self.head_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, d)}
         for i in range(self.layers):
@@ -64,7 +65,7 @@ class ModelConfig:
 
 
 def initialise(config: ModelConfig, seed: int) -> Params:
-    """f32 weights: norms 1, matrices normal with deviation 0.02, those that end a residual branch / sqrt(2 L)."""
+    """f32 weights: norms 1, matrices normal of deviation 0.02, those ending a residual branch / sqrt(2 L)."""
     rng = np.random.default_rng(seed)
     params = {}
     for name, shape in config.shapes().items():
@@ -95,8 +96,11 @@ def rotate(x: Float[Array, "B T heads H"], theta: float) -> Float[Array, "B T he
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], block: int
 ) -> Float[Array, "B T D"]:
-    """Causal attention. Queries go in blocks, each against the keys up to its own end: with 1,024 tokens in blocks
-    of 128 that is 56 % of the whole square."""
+    """Causal attention.
+
+    Queries go in blocks, each against the keys up to its own end: with 1,024 tokens in blocks of 128 that is
+    56 % of the whole square.
+    """
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
     q = (q * size**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
@@ -117,12 +121,12 @@ def attend(
 
 
 def hidden_states(
-    params: Params, tokens: Int[Array, "B T"], config: ModelConfig, dtype: jnp.dtype, block: int = 128
+    params: Params, tokens: Int[Array, "B T"], config: ModelConfig, dtype: DTypeLike, block: int = 128
 ) -> Float[Array, "BT D"]:
     """f32: the last norm's output, rows and positions flattened into one axis.
 
-    Products of activations with weights take their inputs in `dtype`; all else is f32. Flat, because XLA's CPU
-    backend is 1.5 times slower on the weight gradients of a three-axis product.
+    Products of activations with weights take their inputs in `dtype`; all else is f32. Flat, because XLA's
+    CPU backend is 1.5 times slower on the weight gradients of a three-axis product.
     """
     rows, length = tokens.shape
 
@@ -142,13 +146,19 @@ def hidden_states(
         mixed = attend(q, k, v, block).reshape(rows * length, config.hidden)
         x = x + product(mixed, f"{layer}self_attn.o_proj.weight")
         y = rms_norm(x, params[f"{layer}post_attention_layernorm.weight"], config.norm_eps)
-        gated = jax.nn.silu(product(y, f"{layer}mlp.gate_proj.weight")) * product(y, f"{layer}mlp.up_proj.weight")
+        gated = jax.nn.silu(product(y, f"{layer}mlp.gate_proj.weight")) * product(
+            y, f"{layer}mlp.up_proj.weight"
+        )
         x = x + product(gated, f"{layer}mlp.down_proj.weight")
     return rms_norm(x, params["model.norm.weight"], config.norm_eps)
 
 
 def token_losses(
-    params: Params, tokens: Int[Array, "B T+1"], config: ModelConfig, dtype: jnp.dtype, length: int | None = None
+    params: Params,
+    tokens: Int[Array, "B T+1"],
+    config: ModelConfig,
+    dtype: DTypeLike,
+    length: int | None = None,
 ) -> Float[Array, "B T"]:
     """Nats of each token after the first of its row, given those before it in the row.
 
@@ -162,7 +172,7 @@ def token_losses(
 
 
 def save_model(folder: Path, params: Params, config: ModelConfig) -> None:
-    """Writes `config.json` and bf16 `model.safetensors` in Hugging Face layout (`[out, in]`, tied head left out)."""
+    """Writes `config.json` and bf16 `model.safetensors` as Hugging Face does: `[out, in]`, no tied head."""
     weights = {}
     for name, value in params.items():
         is_projection = name.endswith("_proj.weight")

@@ -1,11 +1,13 @@
 """Trains the embedded model: `python -m checkpoints.embedded.train --steps 3600`.
 
-1. Reads the running Python's standard library, sets the held-out modules aside, trains the tokenizer (data.py).
+1. Reads the running Python's standard library, sets the held-out modules aside, trains the tokenizer
+   (data.py).
 2. AdamW over shuffled windows; every few minutes the whole state goes to an Orbax checkpoint in `--workdir`.
    Started again, it goes on from the last one and ends with the same weights as an unbroken run.
 3. Writes the Hugging Face folder to `--out`, and `evaluation.json` beside it (evaluate.py).
 
-With `--export` it only does step 3 with the last checkpoint; with `--evaluate` it only evaluates what `--out` holds.
+With `--export` it only does step 3 with the last checkpoint; with `--evaluate` it only evaluates what `--out`
+holds.
 """
 
 import argparse
@@ -13,15 +15,18 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from checkpoints.embedded import MODEL_DIR
@@ -41,7 +46,8 @@ from checkpoints.embedded.evaluate import evaluate, write_evaluation
 from checkpoints.embedded.model import ModelConfig, Params, initialise, load_model, save_model, token_losses
 
 DEFAULT_WORKDIR = Path("~/.cache/jaxserve/embedded-train")
-WATCHED = ("heapq.py", "shlex.py", "zipapp.py")  # held-out files scored at each checkpoint, to draw a learning curve
+WATCHED = ("heapq.py", "shlex.py", "zipapp.py")
+"""Held-out files scored at each checkpoint, to draw a learning curve."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class TrainConfig:
 
     steps: int
     rows: int = 2
-    short_length: int = 256  # of the pieces that windows are cut into at first, when long context teaches little yet
+    short_length: int = 256  # of the pieces windows are cut into at first, when long context teaches little
     short_share: float = 0.6  # of the steps; a quarter faster than whole windows
     peak_rate: float = 3e-3
     warm_up: int = 150
@@ -80,7 +86,12 @@ class TrainConfig:
         )
 
 
-def make_step(model: ModelConfig, config: TrainConfig):
+Step = Callable[
+    [Params, optax.OptState, np.ndarray | Array, int], tuple[Params, optax.OptState, Float[Array, ""]]
+]
+
+
+def make_step(model: ModelConfig, config: TrainConfig) -> Step:
     """(params, optimizer state, i32[rows, T + 1], length) to (params, optimizer state, mean nats per token).
 
     Donates the first two; `length` is static.
@@ -88,10 +99,12 @@ def make_step(model: ModelConfig, config: TrainConfig):
     optimizer = config.optimizer()
 
     @partial(jax.jit, donate_argnums=(0, 1), static_argnums=3)
-    def step(params, moments, tokens, length):
-        loss, gradient = jax.value_and_grad(lambda p: token_losses(p, tokens, model, jnp.bfloat16, length).mean())(
-            params
-        )
+    def step(
+        params: Params, moments: optax.OptState, tokens: Int[Array, "B T+1"], length: int
+    ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+        loss, gradient = jax.value_and_grad(
+            lambda p: token_losses(p, tokens, model, jnp.bfloat16, length).mean()
+        )(params)
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, loss
 
@@ -132,11 +145,11 @@ def train(
     workdir: Path,
     checkpoint_seconds: float = 300,
     stop_after: int | None = None,
-    watch=None,
+    watch: Callable[[Params], dict[str, float]] | None = None,
 ) -> dict:
-    """Trains to `config.steps` (or, as if killed there, to `stop_after`) from the last checkpoint in `workdir`.
+    """Trains to `config.steps` (or, as if killed there, `stop_after`) from the last checkpoint in `workdir`.
 
-    Returns the state. Logs JSON lines to stdout. `watch(params)` returns more figures to log at each checkpoint.
+    Returns the state. Logs JSON lines to stdout. `watch(params)` gives figures to log at each checkpoint.
     """
     last = config.steps if stop_after is None else stop_after
     step = make_step(model, config)
@@ -176,7 +189,7 @@ def log(**facts: object) -> None:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
-    """`tokenizer.json`, what `transformers` wants beside it, the chat template and the generation defaults."""
+    """`tokenizer.json`, what `transformers` wants beside it, chat template and generation defaults."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -192,7 +205,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     bos, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(END)
     assert (bos, end) == (0, 1)  # config.json says so
-    defaults = {"bos_token_id": bos, "eos_token_id": [end], "pad_token_id": end}
+    defaults: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": [end], "pad_token_id": end}
     defaults |= {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
     (folder / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
@@ -205,7 +218,7 @@ def export(out: Path, params: Params, model: ModelConfig, tokenizer: Tokenizer) 
 
 
 def evaluate_folder(out: Path, corpus: Corpus, **facts: object) -> dict:
-    """Evaluates the exported (bf16) weights, writes `evaluation.json` beside the folder and returns what it holds."""
+    """Evaluates the exported (bf16) weights, writes `evaluation.json` beside the folder; returns totals."""
     params, model = load_model(out)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     evaluation = evaluate(params, model, tokenizer, corpus.held_out)
@@ -218,11 +231,17 @@ def evaluate_folder(out: Path, corpus: Corpus, **facts: object) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoints.embedded.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3600, help="of 2 windows of 1,024 tokens (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints.embedded.train", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3600, help="of 2 windows of 1,024 tokens (default %(default)s)"
+    )
     parser.add_argument("--workdir", type=Path, default=DEFAULT_WORKDIR, help="checkpoints and tokenizer")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the Hugging Face folder to write")
-    parser.add_argument("--export", action="store_true", help="export and evaluate the last checkpoint, no training")
+    parser.add_argument(
+        "--export", action="store_true", help="export and evaluate the last checkpoint, no training"
+    )
     parser.add_argument("--evaluate", action="store_true", help="evaluate what --out holds, nothing else")
     options = parser.parse_args(arguments)
     workdir = options.workdir.expanduser()
@@ -244,11 +263,16 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         tokens = encode_corpus(corpus, tokenizer)
         counts = {name: sum(map(len, getattr(tokens, name))) for name in ("library", "tests", "pairs")}
-        log(tokens=counts, parameters=sum(int(np.prod(shape)) for shape in model.shapes().values()), **asdict(config))
+        log(
+            tokens=counts,
+            parameters=sum(int(np.prod(shape)) for shape in model.shapes().values()),
+            **asdict(config),
+        )
         watched = {path: corpus.held_out[path] for path in WATCHED}
 
-        def watch(params: Params) -> dict:
-            return {"held_out": round(evaluate(params, model, tokenizer, watched)["total"]["model_bits_per_byte"], 4)}
+        def watch(params: Params) -> dict[str, float]:
+            total = evaluate(params, model, tokenizer, watched)["total"]
+            return {"held_out": round(total["model_bits_per_byte"], 4)}
 
         state = train(Windows(tokens, model.context, config.seed), model, config, workdir, watch=watch)
     export(options.out, state["params"], model, tokenizer)

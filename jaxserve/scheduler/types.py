@@ -207,7 +207,7 @@ class Limits:
     max_model_len: int  # tokens, prompt and generated together
     pool_tokens: int  # tokens that the whole page pool holds
     eos_token_ids: tuple[int, ...] = ()
-    sampling_defaults: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    sampling_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check_request(
