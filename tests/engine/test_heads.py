@@ -363,6 +363,24 @@ def test_bits_do_not_depend_on_the_batch() -> None:
             np.testing.assert_array_equal(np.asarray(got[name]), values, err_msg=f"{name} at {size}")
 
 
+def test_the_edges_of_the_cumulative_sum() -> None:
+    """A target on, just below or just above a sum: the entry has weight, its sums lie around the target."""
+    rng = np.random.default_rng(0)
+    weights = rng.random((4096, 128)).astype(np.float32) * (rng.random((4096, 128)) < 0.2)
+    weights[np.arange(4096), rng.integers(0, 128, 4096)] = 1.0
+    weights = weights.astype(np.float32)
+    sums = np.cumsum(weights.astype(np.float64), axis=1)
+    on = sums[np.arange(4096), rng.integers(0, 128, 4096)].astype(np.float32)
+    locate = jax.jit(lambda weights, target: heads._locate(weights, target, relative=False))
+    for target in (on, np.nextafter(on, np.float32(0)), np.nextafter(on, np.float32(99)), 2 * on, 0 * on):
+        index, left = map(np.asarray, locate(weights, target))
+        rows = np.arange(4096)
+        assert (weights[rows, index] > 0).all() and (left >= 0).all()
+        inside = np.minimum(target, sums[:, -1])
+        assert (sums[rows, index] >= inside - 1e-4).all()
+        assert (sums[rows, index] - weights[rows, index] <= inside + 1e-4).all()
+
+
 def test_extreme_logits() -> None:
     """Nothing overflows, and what is impossible stays so."""
     high = np.full(VOCABULARY, -1e4, np.float32)

@@ -82,6 +82,7 @@ def problem(
         taken += count
         for at in range(length - 1):
             pool[LAYER, table[row, at // page], at % page] = rng.standard_normal(width)
+    table[[length == 0 for length in lengths]] = table[np.argmax(lengths)]  # must not be written to
     return Problem(
         q=(2 * rng.standard_normal((len(lengths), query_heads, size))).astype(dtype),
         kv=rng.standard_normal((len(lengths), width)).astype(dtype),

@@ -100,6 +100,7 @@ def problem(
         kv[start : start + count] = rng.standard_normal((count, width))
         start += count
     starts[len(chunks) :] = start
+    table[counts == 0] = table[np.argmax(counts + offsets)]  # must not be written to
     q, kv, pool = q.astype(dtype), kv.astype(dtype), pool.astype(dtype)
     return Problem(q, kv, pool, table, starts, counts, offsets, window, size**-0.5)
 
