@@ -254,6 +254,12 @@ def check_request(
             f"{len(stop)} stop tokens, the model's own {len(own)} included; at most {MAX_STOP_TOKENS}",
             param="stop_token_ids",
         )
+    if params.min_tokens and params.allowed_token_ids and set(params.allowed_token_ids) <= set(stop):
+        raise RequestError(
+            f"every one of allowed_token_ids ends the sequence, which min_tokens={params.min_tokens} forbids:"
+            " no token could be drawn",
+            param="allowed_token_ids",
+        )
     return Request(
         request_id=request_id,
         prompt_token_ids=ids,

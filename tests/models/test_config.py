@@ -238,6 +238,9 @@ def test_defaults() -> None:
     assert config.dtype is None
     assert parse(model_type="qwen3").head_dim == 128  # not hidden / heads
     assert parse(model_type="mistral").windows == (4096,) * 3
+    mistral = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    mistral |= {"model_type": "mistral", "num_attention_heads": 16}
+    assert config_from_hf(mistral).num_kv_heads == 8  # transformers' own default, not the head count
     assert parse(model_type="mistral", sliding_window=None).windows == (None,) * 3
 
 

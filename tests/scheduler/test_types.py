@@ -198,3 +198,11 @@ def test_the_callers_array_is_copied() -> None:
     request = check(prompt)
     prompt[:] = 50
     assert request.prompt_token_ids.tolist() == [1, 2, 3]
+
+
+def test_tokens_that_can_never_be_drawn_are_refused() -> None:
+    with pytest.raises(RequestError, match="no token could be drawn") as caught:
+        check(allowed_token_ids=(3, 4), stop_token_ids=(3, 4, 5), min_tokens=1, max_tokens=4)
+    assert caught.value.param == "allowed_token_ids"
+    check(allowed_token_ids=(3, 4), stop_token_ids=(3,), min_tokens=1, max_tokens=4)
+    check(allowed_token_ids=(3, 4), stop_token_ids=(3, 4), max_tokens=4)
