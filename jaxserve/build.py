@@ -158,16 +158,17 @@ def dummy_params(model: Decoder, mesh: Mesh, layout: Layout, seed: int) -> Param
 # -- programs --------------------------------------------------------------------------------------------
 
 
-def decode_buckets(max_slots: int, dtype: np.dtype) -> list[int]:
-    """Rows per decode program: halves down to 8, then one small one.
+def decode_buckets(max_slots: int) -> list[int]:
+    """Rows per decode program: halves of `max_slots` down to 4, so that 9 sequences do not pay for 32, and
+    2 for a sequence alone.
 
-    On CPU the cost of a row is not nothing beside that of reading the weights, so 9 sequences should not pay
-    for 32; below 8 it nearly is. At 16 bits one row alone misses XLA's fast product on CPU (a head of 49,152
-    tokens by 576 took 55 ms with one row and 3.3 with two), so the smallest bucket has two.
+    Never 1: XLA turns a scatter of one row into an update that copies the whole pool in every layer, and at
+    16 bits one row misses its fast product on CPU (a head of 49,152 tokens by 576 took 55 ms with one row
+    and 3.3 with two).
     """
-    least = 1 if dtype.itemsize == 4 else 2
+    least = 2
     sizes = {least, max(max_slots, least)}
-    while max_slots // 2 >= 8:
+    while max_slots >= 8:
         max_slots //= 2
         sizes.add(max_slots)
     return sorted(sizes)
@@ -218,7 +219,7 @@ def register_programs(
                 out_shardings=(state_out, everywhere, everywhere),
             )
         )
-    for rows in sorted(decode_buckets(shape.max_slots, np.dtype(model.dtype)), reverse=True):
+    for rows in sorted(decode_buckets(shape.max_slots), reverse=True):
         programs.register(
             Program(
                 "decode",

@@ -43,7 +43,7 @@ def sample(
         logits = jax.lax.cond(jnp.any(edited), lambda x: _edit(x, rows, edits, edited), lambda x: x, logits)
         early = positions < rows.min_end
         logits = jax.lax.cond(jnp.any(early), lambda x: _forbid_stop(x, rows, early), lambda x: x, logits)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = _argmax(logits)
         greedy = rows.temperature == 0
         return jax.lax.cond(
             jnp.all(greedy),
@@ -51,6 +51,14 @@ def sample(
             lambda x: jnp.where(greedy, best, _draw(x, rows, positions)),
             logits,
         )
+
+
+def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first index of the largest, as two plain reductions: XLA's CPU code for `argmax`, one reduction
+    over pairs, took 1.8 ms for 16 rows of 49,152 where this takes 0.3."""
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
 
 
 def _edit(
