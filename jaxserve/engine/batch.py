@@ -37,7 +37,7 @@ _FLOATS = (
 )
 _INTS = ("top_k", "seed_low", "seed_high", "min_end", "limit", "flags")
 SAMPLING_WIDTH = len(_FLOATS) + len(_INTS) + MAX_STOP_TOKENS
-_ROW = 6  # slot, start, count, offset, last, unused
+_ROW = 5  # slot, start, count, offset, last
 
 RESULT_WIDTH = 3 + 2 * MAX_LOGPROBS  # token, logprob, rank, then alternatives and their logprobs
 
@@ -131,7 +131,7 @@ def pack_prefill(
         count = len(row.tokens)
         ids[start : start + count] = row.tokens
         positions[start : start + count] = np.arange(row.start, row.start + count, dtype=np.int32)
-        table[i, :_ROW] = (row.slot, start, count, row.start, row.last, 0)
+        table[i, :_ROW] = (row.slot, start, count, row.start, row.last)
         table[i, _ROW : _ROW + SAMPLING_WIDTH] = sampling_row(
             row.params,
             stop=row.stop_token_ids,
@@ -153,7 +153,7 @@ def unpack_prefill(
         [
             packed[:tokens],
             packed[tokens : 2 * tokens],
-            *(table[:, i] for i in range(5)),
+            *(table[:, i] for i in range(_ROW)),
             table[:, _ROW : _ROW + SAMPLING_WIDTH],
             table[:, _ROW + SAMPLING_WIDTH :],
         ]
