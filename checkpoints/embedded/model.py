@@ -4,19 +4,20 @@ A plain Llama (RMSNorm, rotary positions, grouped-query attention, gated MLP, ti
 functions over a dict of arrays, written for gradient descent on a CPU. It knows nothing of serving, caches or
 sampling: the engine reads the exported folder like any other checkpoint.
 
-Letters: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size,
-D model size, F MLP size, V vocabulary, L layers.
+Letters: B rows, T query tokens, S key tokens, N query heads, K key/value heads, M queries that share a
+key/value head, H head size, D model size, F MLP size, V vocabulary, L layers, I and O a product's sizes.
 """
 
 import json
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from safetensors.flax import load_file, save_file
 
 Params = dict[str, Array]
@@ -93,6 +94,99 @@ def rotate(x: Float[Array, "B T heads H"], theta: float) -> Float[Array, "B T he
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+@jax.custom_vjp
+def linear(x: Shaped[Array, "BT I"], weight: Shaped[Array, "I O"]) -> Shaped[Array, "BT O"]:
+    """`x @ weight`, both of one dtype; the gradients are products that XLA's CPU backend is fast at.
+
+    Written plainly, that of the weight runs at a third of the forward product's rate (it contracts the first
+    axis of both) and that of `x` is computed in f32. With the contracted axis cut in two, both keep the rate.
+    """
+    return x @ weight
+
+
+def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ weight, (x, weight)
+
+
+def _linear_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    out = slope.shape[1]
+    pieces = gcd(out, 8)
+    to_x = jnp.einsum(
+        "tco,ico->ti", slope.reshape(-1, pieces, out // pieces), weight.reshape(-1, pieces, out // pieces)
+    )
+    return to_x, _weight_gradient(x, slope)
+
+
+def _weight_gradient(x: Array, slope: Array) -> Array:
+    """`x.T @ slope`: [BT, I], [BT, O] to [I, O]."""
+    pieces = gcd(x.shape[0], 8)
+    return jnp.einsum(
+        "cti,cto->io", x.reshape(pieces, -1, x.shape[1]), slope.reshape(pieces, -1, slope.shape[1])
+    )
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.custom_vjp
+def gated(gate: Shaped[Array, "BT F"], up: Shaped[Array, "BT F"]) -> Shaped[Array, "BT F"]:
+    """`silu(gate) * up`, computed in f32; keeps its inputs alone for the gradient."""
+    return _gated_forward(gate, up)[0]
+
+
+def _gated_forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return (g * jax.nn.sigmoid(g) * u).astype(gate.dtype), (gate, up)
+
+
+def _gated_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    gate, up = kept
+    g, u, slope = (a.astype(jnp.float32) for a in (gate, up, slope))
+    s = jax.nn.sigmoid(g)
+    return (slope * u * s * (1 + g * (1 - s))).astype(gate.dtype), (slope * g * s).astype(up.dtype)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+@jax.custom_vjp
+def masked_attention(
+    q: Float[Array, "B K M H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    seen: Bool[Array, "M S"],
+) -> Float[Array, "B K M H"]:
+    """Softmax attention of scaled queries over the keys they see; every query must see one.
+
+    The gradient takes each row's weighted mean of slopes from the output (Dao et al., FlashAttention,
+    arXiv:2205.14135, section B.2) instead of another pass over the scores.
+    """
+    return _attention_forward(q, k, v, seen)[0]
+
+
+def _attention_forward(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.where(seen[None, None], jnp.einsum("bkmh,bksh->bkms", q, k), -1e30)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, v) / total
+    return out, (q, k, v, weights, total, out)
+
+
+def _attention_backward(kept: tuple[Array, ...], slope: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights, total, out = kept
+    slope = slope / total
+    mean = (slope * out).sum(axis=-1, keepdims=True)
+    to_scores = weights * (jnp.einsum("bkmh,bksh->bkms", slope, v) - mean)
+    to_q = jnp.einsum("bkms,bksh->bkmh", to_scores, k)
+    to_k = jnp.einsum("bkms,bkmh->bksh", to_scores, q)
+    to_v = jnp.einsum("bkms,bkmh->bksh", weights, slope)
+    return to_q, to_k, to_v, None
+
+
+masked_attention.defvjp(_attention_forward, _attention_backward)
+
+
 def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], block: int
 ) -> Float[Array, "B T D"]:
@@ -103,19 +197,16 @@ def attend(
     """
     rows, length, heads, size = q.shape
     kv_heads = k.shape[2]
-    q = (q * size**-0.5).reshape(rows, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    group = heads // kv_heads
+    q = (q * size**-0.5).reshape(rows, length, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out = []
     for start in range(0, length, block):
         end = min(start + block, length)
         queries = q[:, :, :, start:end].reshape(rows, kv_heads, -1, size)
-        scores = jnp.einsum("bkth,bkhs->bkts", queries, k[..., :end])
-        scores = scores.reshape(rows, kv_heads, heads // kv_heads, end - start, end)
         seen = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        scores = jnp.where(seen[None, None, None], scores.astype(jnp.float32), -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(rows, kv_heads, -1, end)
-        mixed = jnp.einsum("bkts,bksh->bkth", weights, v[:, :, :end])
-        out.append(mixed.reshape(rows, kv_heads, heads // kv_heads, end - start, size))
+        mixed = masked_attention(queries, k[:, :, :end], v[:, :, :end], jnp.tile(seen, (group, 1)))
+        out.append(mixed.reshape(rows, kv_heads, group, end - start, size))
     joined = jnp.concatenate(out, axis=3)  # [B, K, G, T, H]
     return joined.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads * size)
 
@@ -125,16 +216,15 @@ def hidden_states(
 ) -> Float[Array, "BT D"]:
     """f32: the last norm's output, rows and positions flattened into one axis.
 
-    Products of activations with weights take their inputs in `dtype`; all else is f32. Flat, because XLA's
-    CPU backend is 1.5 times slower on the weight gradients of a three-axis product.
+    Products of activations with weights take and give `dtype`; all else is f32.
     """
     rows, length = tokens.shape
 
     def product(x: Array, name: str) -> Array:
-        return (x.astype(dtype) @ params[name].astype(dtype)).astype(jnp.float32)
+        return linear(x.astype(dtype), params[name].astype(dtype))
 
     def heads(x: Array, count: int) -> Array:
-        return x.reshape(rows, length, count, config.head_size)
+        return x.astype(jnp.float32).reshape(rows, length, count, config.head_size)
 
     x = params["model.embed_tokens.weight"][tokens.reshape(-1)]
     for i in range(config.layers):
@@ -144,13 +234,38 @@ def hidden_states(
         k = rotate(heads(product(y, f"{layer}self_attn.k_proj.weight"), config.kv_heads), config.rope_theta)
         v = heads(product(y, f"{layer}self_attn.v_proj.weight"), config.kv_heads)
         mixed = attend(q, k, v, block).reshape(rows * length, config.hidden)
-        x = x + product(mixed, f"{layer}self_attn.o_proj.weight")
+        x = x + product(mixed, f"{layer}self_attn.o_proj.weight").astype(jnp.float32)
         y = rms_norm(x, params[f"{layer}post_attention_layernorm.weight"], config.norm_eps)
-        gated = jax.nn.silu(product(y, f"{layer}mlp.gate_proj.weight")) * product(
-            y, f"{layer}mlp.up_proj.weight"
-        )
-        x = x + product(gated, f"{layer}mlp.down_proj.weight")
+        inner = gated(product(y, f"{layer}mlp.gate_proj.weight"), product(y, f"{layer}mlp.up_proj.weight"))
+        x = x + product(inner, f"{layer}mlp.down_proj.weight").astype(jnp.float32)
     return rms_norm(x, params["model.norm.weight"], config.norm_eps)
+
+
+@jax.custom_vjp
+def cross_entropy(
+    hidden: Shaped[Array, "BT D"], embedding: Shaped[Array, "V D"], actual: Int[Array, " BT"]
+) -> Float[Array, " BT"]:
+    """Nats of the actual tokens under the softmax of `hidden @ embedding.T`; logits and softmax in f32."""
+    return _cross_entropy_forward(hidden, embedding, actual)[0]
+
+
+def _cross_entropy_forward(hidden: Array, embedding: Array, actual: Array) -> tuple[Array, tuple[Array, ...]]:
+    contract = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(hidden, embedding, contract, preferred_element_type=jnp.float32)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, actual[:, None], axis=-1)[:, 0]
+    is_actual = actual[:, None] == jnp.arange(embedding.shape[0])[None, :]
+    to_logits = jnp.exp(logits - norm[:, None]) - is_actual.astype(jnp.float32)
+    return norm - picked, (hidden, embedding, to_logits.astype(hidden.dtype))
+
+
+def _cross_entropy_backward(kept: tuple[Array, ...], slope: Array) -> tuple[Array, Array, None]:
+    hidden, embedding, to_logits = kept
+    to_logits = to_logits * slope.astype(to_logits.dtype)[:, None]
+    return to_logits @ embedding, _weight_gradient(to_logits, hidden), None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def token_losses(
@@ -166,9 +281,8 @@ def token_losses(
     """
     inputs, actual = tokens[:, :-1], tokens[:, 1:]
     hidden = hidden_states(params, inputs.reshape(-1, length or inputs.shape[1]), config, dtype)
-    logits = hidden @ params["model.embed_tokens.weight"].T  # f32[BT, V]
-    picked = jnp.take_along_axis(logits, actual.reshape(-1, 1), axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - picked).reshape(actual.shape)
+    embedding = params["model.embed_tokens.weight"].astype(dtype)
+    return cross_entropy(hidden.astype(dtype), embedding, actual.reshape(-1)).reshape(actual.shape)
 
 
 def save_model(folder: Path, params: Params, config: ModelConfig) -> None:
