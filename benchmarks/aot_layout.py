@@ -29,10 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from jaxserve import build, models
+from jaxserve import models
+from jaxserve.engine.buckets import prefill_buckets, register_programs
 from jaxserve.engine.state import StateShape
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Decoder
+from jaxserve.weights import abstract_params
 from sharding.mesh import AXES
 
 H100 = """
@@ -107,7 +109,8 @@ def main() -> None:
     shape = StateShape(args.slots, args.pages, args.page_size, pages_per_slot)
     for layout in args.layouts.split(","):
         steps = Steps(decoder, mesh, pages_per_slot)
-        programs = build.register_programs(steps, shape, build.prefill_buckets(512, args.slots), layout)
+        params = abstract_params(decoder, mesh, layout)
+        programs = register_programs(steps, params, shape, prefill_buckets(512, args.slots))
         key = (args.kind, programs.buckets(args.kind)[-1])
         program = programs._registered[key]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

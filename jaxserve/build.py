@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +25,21 @@ from checkpoints import huggingface
 from checkpoints.embedded import MODEL_DIR
 from jaxserve import models
 from jaxserve.config import EngineOptions
-from jaxserve.engine import batch
+from jaxserve.engine.buckets import prefill_buckets, register_programs
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.programs import Program, Programs
-from jaxserve.engine.state import StateShape, abstract_state, mask_words, new_state, page_bytes
+from jaxserve.engine.programs import Programs
+from jaxserve.engine.state import StateShape, abstract_state, new_state, page_bytes
 from jaxserve.engine.step import Steps
 from jaxserve.models.config import ModelConfig, context_limit
-from jaxserve.models.decoder import Decoder, Layout, Params, Weight
-from jaxserve.models.layers import INIT_SCALE
+from jaxserve.models.decoder import Decoder, Layout
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Limits, SamplingParams, check_request
 from jaxserve.text.tokenizer import Tokenizer
-from sharding import make_mesh, named_sharding, parse_mesh
+from jaxserve.weights import abstract_params, dummy_params, layout_for, load_params
+from sharding import make_mesh, parse_mesh
 
 Progress = Callable[[str], None]
 EMBEDDED_NAME = "jaxserve-embedded"
-MAX_PREFILL_ROWS = 16  # prompts that end in one chunk; each costs a row of the output head
 MAX_FLAT_PAGES = 2**31 - 2  # layer x pages + page is an int32 index
 
 
@@ -83,176 +81,6 @@ def read_model(model: str | None, options: EngineOptions) -> Loaded:
             f" (rope {config.rope.kind}, max_position_embeddings={config.max_position})"
         )
     return Loaded(model_name(model), folder, config, np.dtype(jnp.dtype(dtype)), length)
-
-
-def layout_for(platform: str) -> Layout:
-    return "unrolled" if platform in ("gpu", "cuda", "rocm") else "scan"
-
-
-# -- weights ---------------------------------------------------------------------------------------------
-
-
-def abstract_params(model: Decoder, mesh: Mesh, layout: Layout) -> Params:
-    def leaf(weight: Weight, layer: int | None) -> jax.ShapeDtypeStruct:
-        stacked = weight.per_layer and layer is None
-        shape = (model.config.num_layers, *weight.shape) if stacked else weight.shape
-        axes = ("layer", *weight.axes) if stacked else weight.axes
-        return jax.ShapeDtypeStruct(shape, weight.dtype, sharding=named_sharding(mesh, axes))
-
-    return model.tree(leaf, layout)
-
-
-def load_params(model: Decoder, loaded: Loaded, mesh: Mesh, layout: Layout) -> Params:
-    """Every weight from the checkpoint to its place on the mesh, one leaf at a time: each device's part is
-    read from the file by itself. Raises CheckpointError naming the key at fault."""
-    checkpoint = huggingface.open_checkpoint(loaded.folder)
-    layers = range(model.config.num_layers)
-
-    def target(weight: Weight, layer: int | None) -> huggingface.Target:
-        key = weight.checkpoint_key if layer is None else weight.checkpoint_key.format(layer)
-        return huggingface.Target(key, weight.shape, weight.dtype)
-
-    targets = [target(w, i) for w in model.weights for i in (layers if w.per_layer else (None,))]
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_embeddings else None
-    huggingface.check(
-        checkpoint, targets, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), tied=tied
-    )
-    abstract = abstract_params(model, mesh, layout)
-
-    def leaf(weight: Weight, layer: int | None) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if weight.per_layer and layer is None:
-                chosen = [
-                    huggingface.read_target(checkpoint, target(weight, i), index[1:])
-                    for i in layers[index[0]]
-                ]
-                return np.stack(chosen)
-            return huggingface.read_target(checkpoint, target(weight, layer), index)
-
-        return part
-
-    readers = model.tree(leaf, layout)
-    return jax.tree.map(
-        lambda spec, read: jax.make_array_from_callback(spec.shape, spec.sharding, read), abstract, readers
-    )
-
-
-def dummy_params(model: Decoder, mesh: Mesh, layout: Layout, seed: int) -> Params:
-    """Random weights, drawn on the devices where they stay: norms 1, the rest normal."""
-    abstract = abstract_params(model, mesh, layout)
-    leaves, tree = jax.tree.flatten_with_path(abstract)
-
-    def draw() -> Params:
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        arrays = [
-            jnp.ones(spec.shape, spec.dtype)
-            if "norm" in jax.tree_util.keystr(path)
-            else jax.random.normal(key, spec.shape, spec.dtype) * INIT_SCALE
-            for key, (path, spec) in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, arrays)
-
-    return jax.jit(draw, out_shardings=jax.tree.map(lambda spec: spec.sharding, abstract))()
-
-
-# -- programs --------------------------------------------------------------------------------------------
-
-
-def decode_buckets(max_slots: int) -> list[int]:
-    """Rows per decode program: halves of `max_slots` down to 4, so that 9 sequences do not pay for 32, and
-    2 for a sequence alone.
-
-    Never 1: XLA turns a scatter of one row into an update that copies the whole pool in every layer, and at
-    16 bits one row misses its fast product on CPU (a head of 49,152 tokens by 576 took 55 ms with one row
-    and 3.3 with two).
-    """
-    least = 2
-    sizes = {least, max(max_slots, least)}
-    while max_slots >= 8:
-        max_slots //= 2
-        sizes.add(max_slots)
-    return sorted(sizes)
-
-
-def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
-    """Packed tokens -> rows, a fourfold apart; multiples of the attention's query block, or at most 64, which
-    is what prompt logprobs take at a time."""
-    largest = -(-chunk // 128) * 128 if chunk > 64 else -(-chunk // 16) * 16
-    sizes = {largest}
-    while largest > 32:
-        smaller = largest // 4
-        largest = -(-smaller // 128) * 128 if smaller > 128 else max(32, 1 << (smaller - 1).bit_length())
-        sizes.add(largest)
-    most = max(2, min(MAX_PREFILL_ROWS, max_slots))
-    return {tokens: min(most, max(2, tokens // 16)) for tokens in sorted(sizes)}
-
-
-def register_programs(
-    steps: Steps, shape: StateShape, prefill_rows: dict[int, int], layout: Layout
-) -> Programs:
-    """Every program that serving needs, the slowest to compile first."""
-    model, mesh = steps.model, steps.mesh
-    params = abstract_params(model, mesh, layout)
-    state = abstract_state(model.config, shape, model.dtype, mesh)
-    state_out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def ints(*size: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
-
-    programs = Programs()
-    for tokens, rows in sorted(prefill_rows.items(), reverse=True):
-
-        def prefill(
-            params: Params, state: Any, packed: jax.Array, tokens: int = tokens, rows: int = rows
-        ) -> Any:
-            return steps.prefill_step(params, state, packed, tokens=tokens, max_rows=rows)
-
-        packed = ints(batch.prefill_size(tokens, rows, shape.pages_per_slot))
-        programs.register(
-            Program(
-                "prefill",
-                tokens,
-                prefill,
-                (params, state, packed),
-                donate=(1,),
-                out_shardings=(state_out, everywhere, everywhere),
-            )
-        )
-    for rows in sorted(decode_buckets(shape.max_slots), reverse=True):
-        programs.register(
-            Program(
-                "decode",
-                rows,
-                steps.decode_step,
-                (params, state, ints(rows, 2 + shape.pages_per_slot)),
-                donate=(1,),
-                out_shardings=(state_out, everywhere),
-            )
-        )
-    for tokens in prefill_rows:
-        hidden = jax.ShapeDtypeStruct((tokens, model.config.hidden_size), model.dtype, sharding=everywhere)
-        programs.register(
-            Program(
-                "prompt_logprobs",
-                tokens,
-                steps.prompt_logprobs,
-                (params, hidden, ints(tokens)),
-                out_shardings=everywhere,
-            )
-        )
-    words = mask_words(model.config.vocab_size)
-    programs.register(
-        Program(
-            "edit_slot",
-            1,
-            steps.edit_slot,
-            (state, ints(batch.edits_size(words))),
-            (0,),
-            out_shardings=state_out,
-        )
-    )
-    return programs
 
 
 # -- memory ----------------------------------------------------------------------------------------------
@@ -310,6 +138,7 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     limit = memory_limit(device, options.memory_fraction)
     layout = layout_for(device.platform)
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
+    params = abstract_params(decoder, mesh, layout)
     pages_per_slot = -(-loaded.max_model_len // options.page_size)
     steps = Steps(decoder, mesh, pages_per_slot)
     prefill_rows = prefill_buckets(options.prefill_chunk, options.max_slots)
@@ -321,13 +150,13 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
-        return state, register_programs(steps, state, prefill_rows, layout)
+        return state, register_programs(steps, params, state, prefill_rows)
 
     # Enough for every slot at full length; beyond that a page could never be used.
     useful = options.max_slots * pages_per_slot
     fixed = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(abstract_params(decoder, mesh, layout))
+        for leaf in jax.tree.leaves(params)
     )
     pages = options.kv_pages or min(useful, max(int((limit - fixed) * 0.9) // each, pages_per_slot))
     if pages < pages_per_slot:
@@ -406,7 +235,7 @@ def build_engine(
     if options.load_format == "dummy":
         params = dummy_params(plan.model, plan.mesh, plan.layout, options.seed)
     else:
-        params = load_params(plan.model, plan.loaded, plan.mesh, plan.layout)
+        params = load_params(plan.model, plan.loaded.folder, plan.mesh, plan.layout)
     jax.block_until_ready(params)
     progress(f"weights in place after {time.perf_counter() - compiled:.1f} s")
     tokenizer = _tokenizer(plan.loaded.folder, progress)

@@ -17,6 +17,7 @@ from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.models.config import ConfigError
 from jaxserve.scheduler.types import SamplingParams, check_request
+from jaxserve.weights import load_params
 from tests import tiny
 
 SMALL = EngineOptions(max_slots=2, page_size=16, prefill_chunk=32, memory_fraction=0.5)
@@ -81,7 +82,7 @@ def test_weights_arrive_in_every_dtype_and_layout(tmp_path, stored, layout):
     assert loaded.dtype == np.dtype(dtype)
     decoder = build.Decoder(loaded.config, loaded.dtype)
     mesh = build.make_mesh(build.parse_mesh("tensor=2"))
-    params = build.load_params(decoder, loaded, mesh, layout)
+    params = load_params(decoder, loaded.folder, mesh, layout)
     layer = params["layers"]
     got = layer["mlp"]["up_proj"]["weight"][1] if layout == "scan" else layer[1]["mlp"]["up_proj"]["weight"]
     np.testing.assert_array_equal(np.asarray(got), values["model.layers.1.mlp.up_proj.weight"])

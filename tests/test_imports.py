@@ -1,7 +1,7 @@
 """The layers: imports point right only. Read from the source, so that a lazy import counts too.
 
 cli, server, llm -> build -> engine -> {scheduler, models, text};   models -> {pallas_kernels, sharding}
-build -> checkpoints
+build -> weights -> {models, checkpoints}
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ RIGHT_OF = {
     "jaxserve.server": {"jaxserve.build", "jaxserve.prompts"},
     "jaxserve.prompts": {"jaxserve.protocols"},
     "jaxserve.protocols": {"jaxserve.engine"},
-    "jaxserve.build": {"jaxserve.engine", "jaxserve.config", "jaxserve._leaves", "checkpoints"},
+    "jaxserve.build": {"jaxserve.engine", "jaxserve.weights", "jaxserve.config", "jaxserve._leaves"},
+    "jaxserve.weights": {"jaxserve.models", "checkpoints"},
     "jaxserve.engine": {"jaxserve.scheduler", "jaxserve.models", "jaxserve.text"},
     "jaxserve.models": {"pallas_kernels", "sharding"},
     "jaxserve.config": set(),

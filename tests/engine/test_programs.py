@@ -14,9 +14,16 @@ import pytest
 
 from jaxserve import build
 from jaxserve.config import EngineOptions
+from jaxserve.engine.buckets import (
+    MAX_PREFILL_ROWS,
+    decode_buckets,
+    prefill_buckets,
+    register_programs,
+)
 from jaxserve.engine.programs import Program, Programs, bucket_for
 from jaxserve.engine.step import LOGPROB_CHUNK
 from jaxserve.models.decoder import Layout
+from jaxserve.weights import abstract_params, dummy_params
 from pallas_kernels.prefill_attention.reference import QUERY_BLOCK
 
 CONFIG = {
@@ -109,7 +116,7 @@ SLOTS = [*range(1, 130), 255, 256, 257, 1000, 4095, 4096]
 def test_decode_buckets() -> None:
     """Every number of running sequences fits; few programs; never one row alone."""
     for slots in SLOTS:
-        buckets = build.decode_buckets(slots)
+        buckets = decode_buckets(slots)
         assert buckets == sorted(set(buckets))
         assert buckets[0] == 2 and buckets[-1] == max(slots, 2)
         assert len(buckets) <= 12
@@ -121,7 +128,7 @@ def test_prefill_buckets() -> None:
     """Every plan within the chunk fits; whole query blocks; whole pieces for the prompt's logprobs."""
     for chunk in [*range(16, 300), 511, 512, 513, 1000, 2048, 5000, 65535, 65536]:
         for slots in (1, 2, 16, 300):
-            buckets = build.prefill_buckets(chunk, slots)
+            buckets = prefill_buckets(chunk, slots)
             sizes = list(buckets)
             assert sizes == sorted(set(sizes))
             assert chunk <= sizes[-1] < chunk + QUERY_BLOCK
@@ -129,7 +136,7 @@ def test_prefill_buckets() -> None:
             for tokens, rows in buckets.items():
                 assert tokens <= QUERY_BLOCK or tokens % QUERY_BLOCK == 0
                 assert tokens <= LOGPROB_CHUNK or tokens % LOGPROB_CHUNK == 0
-                assert 2 <= rows <= max(2, min(build.MAX_PREFILL_ROWS, slots))
+                assert 2 <= rows <= max(2, min(MAX_PREFILL_ROWS, slots))
             assert list(buckets.values()) == sorted(buckets.values())
 
 
@@ -164,7 +171,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if layout == plan.layout:
         plan.programs.compile(step_keys(plan.programs))
         return Compiled(plan, plan.programs)
-    programs = build.register_programs(plan.steps, plan.shape, plan.prefill_rows, layout)
+    programs = register_programs(
+        plan.steps, abstract_params(plan.model, plan.mesh, layout), plan.shape, plan.prefill_rows
+    )
     programs.compile(step_keys(programs))
     return Compiled(plan, programs)
 
@@ -213,7 +222,7 @@ def test_the_pool_of_a_step_is_given_away(compiled: Compiled) -> None:
     plan = compiled.plan
     abstract = build.abstract_state(plan.loaded.config, plan.shape, plan.loaded.dtype, plan.mesh)
     state = build.new_state(abstract)
-    params = build.dummy_params(plan.model, plan.mesh, plan.layout, 0)
+    params = dummy_params(plan.model, plan.mesh, plan.layout, 0)
     if compiled.programs is not plan.programs:
         layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(3)]
         params = {"ends": params["ends"], "layers": tuple(layers)}
@@ -229,7 +238,7 @@ def test_the_pool_of_a_step_is_given_away(compiled: Compiled) -> None:
 
 def test_every_kind_is_registered(compiled: Compiled) -> None:
     programs, prefill = compiled.programs, list(compiled.plan.prefill_rows)
-    assert programs.buckets("decode") == build.decode_buckets(OPTIONS.max_slots)
+    assert programs.buckets("decode") == decode_buckets(OPTIONS.max_slots)
     assert programs.buckets("prefill") == programs.buckets("prompt_logprobs") == prefill
     assert programs.buckets("edit_slot") == [1]
     kinds = {kind for kind, _ in programs.keys()}

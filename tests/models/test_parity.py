@@ -27,6 +27,7 @@ from checkpoints.embedded import MODEL_DIR
 from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.weights import load_params
 from sharding import make_mesh, parse_mesh
 from tests.models.driving import Driver, chunked, relative_error, whole
 
@@ -342,7 +343,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     loaded = build.read_model(str(folder), EngineOptions(dtype="float32"))
     mesh = make_mesh(parse_mesh(""))
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
-    params = build.load_params(decoder, loaded, mesh, case.layout)
+    params = load_params(decoder, loaded.folder, mesh, case.layout)
     driver = Driver(decoder, params, mesh, page=case.page, max_len=300 + GENERATED)
     rng = np.random.default_rng(len(case.name))
     lengths = [

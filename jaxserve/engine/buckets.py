@@ -1,0 +1,112 @@
+"""Which programs serving needs: how many rows or tokens each takes, and their registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.engine import batch
+from jaxserve.engine.programs import Program, Programs
+from jaxserve.engine.state import StateShape, abstract_state, mask_words
+from jaxserve.engine.step import Steps
+from jaxserve.models.decoder import Params
+
+MAX_PREFILL_ROWS = 16  # prompts that end in one chunk; each costs a row of the output head
+
+
+def decode_buckets(max_slots: int) -> list[int]:
+    """Rows per decode program: halves of `max_slots` down to 4, so that 9 sequences do not pay for 32, and
+    2 for a sequence alone.
+
+    Never 1: XLA turns a scatter of one row into an update that copies the whole pool in every layer, and at
+    16 bits one row misses its fast product on CPU (a head of 49,152 tokens by 576 took 55 ms with one row
+    and 3.3 with two).
+    """
+    least = 2
+    sizes = {least, max(max_slots, least)}
+    while max_slots >= 8:
+        max_slots //= 2
+        sizes.add(max_slots)
+    return sorted(sizes)
+
+
+def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
+    """Packed tokens -> rows, a fourfold apart; multiples of the attention's query block, or at most 64, which
+    is what prompt logprobs take at a time."""
+    largest = -(-chunk // 128) * 128 if chunk > 64 else -(-chunk // 16) * 16
+    sizes = {largest}
+    while largest > 32:
+        smaller = largest // 4
+        largest = -(-smaller // 128) * 128 if smaller > 128 else max(32, 1 << (smaller - 1).bit_length())
+        sizes.add(largest)
+    most = max(2, min(MAX_PREFILL_ROWS, max_slots))
+    return {tokens: min(most, max(2, tokens // 16)) for tokens in sorted(sizes)}
+
+
+def register_programs(
+    steps: Steps, params: Params, shape: StateShape, prefill_rows: dict[int, int]
+) -> Programs:
+    """Every program that serving needs, the slowest to compile first; `params` may be abstract."""
+    model, mesh = steps.model, steps.mesh
+    state = abstract_state(model.config, shape, model.dtype, mesh)
+    state_out = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def ints(*size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
+
+    programs = Programs()
+    for tokens, rows in sorted(prefill_rows.items(), reverse=True):
+
+        def prefill(
+            params: Params, state: Any, packed: jax.Array, tokens: int = tokens, rows: int = rows
+        ) -> Any:
+            return steps.prefill_step(params, state, packed, tokens=tokens, max_rows=rows)
+
+        packed = ints(batch.prefill_size(tokens, rows, shape.pages_per_slot))
+        programs.register(
+            Program(
+                "prefill",
+                tokens,
+                prefill,
+                (params, state, packed),
+                donate=(1,),
+                out_shardings=(state_out, everywhere, everywhere),
+            )
+        )
+    for rows in sorted(decode_buckets(shape.max_slots), reverse=True):
+        programs.register(
+            Program(
+                "decode",
+                rows,
+                steps.decode_step,
+                (params, state, ints(rows, 2 + shape.pages_per_slot)),
+                donate=(1,),
+                out_shardings=(state_out, everywhere),
+            )
+        )
+    for tokens in prefill_rows:
+        hidden = jax.ShapeDtypeStruct((tokens, model.config.hidden_size), model.dtype, sharding=everywhere)
+        programs.register(
+            Program(
+                "prompt_logprobs",
+                tokens,
+                steps.prompt_logprobs,
+                (params, hidden, ints(tokens)),
+                out_shardings=everywhere,
+            )
+        )
+    words = mask_words(model.config.vocab_size)
+    programs.register(
+        Program(
+            "edit_slot",
+            1,
+            steps.edit_slot,
+            (state, ints(batch.edits_size(words))),
+            (0,),
+            out_shardings=state_out,
+        )
+    )
+    return programs
