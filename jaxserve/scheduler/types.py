@@ -20,6 +20,8 @@ MAX_STOP_TOKENS = 16  # stop token ids per request, the model's own end tokens i
 MAX_LOGIT_BIAS = 300  # OpenAI's own limit
 MAX_STOP_STRINGS = 16
 MAX_N = 128
+MAX_PRIORITY = 2**31 - 1
+MAX_SALT = 1024  # bytes
 GREEDY_BELOW = 1e-5  # a temperature under this divides logits into infinities; it means greedy
 
 
@@ -45,6 +47,7 @@ class SamplingParams:
     top_k: keep the k likeliest; 0 or -1 keeps all.
     min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
     n: sequences per prompt.
+    best_of: draw this many and return the `n` likeliest; at least `n`, and 1 when greedy (OpenAI's old API).
     seed: 0 <= seed < 2**63; None draws one.
     max_tokens: None means what is left of the context.
     min_tokens: stop tokens cannot be drawn before this many.
@@ -64,6 +67,7 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     n: int = 1
+    best_of: int | None = None
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -95,6 +99,7 @@ class SamplingParams:
         _number(self, "repetition_penalty", 0.0, 100.0, low_open=True)
         _integer(self, "top_k", -1, 2**31 - 1)
         _integer(self, "n", 1, MAX_N)
+        _integer(self, "best_of", 1, MAX_N, optional=True)
         _integer(self, "min_tokens", 0, 2**31 - 1)
         _integer(self, "max_tokens", 0, 2**31 - 1, optional=True)
         _integer(self, "seed", 0, 2**63 - 1, optional=True)
@@ -119,7 +124,19 @@ class SamplingParams:
             _token_id(token, "allowed_token_ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: nothing can be drawn", param="allowed_token_ids")
+        self._check_best_of()
         self._check_logit_bias()
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.n:
+            raise RequestError(f"best_of={self.best_of} is less than n={self.n}", param="best_of")
+        if self.best_of > 1 and self.greedy:
+            raise RequestError(
+                f"best_of={self.best_of} needs a temperature above 0: greedy sequences are all the same",
+                param="best_of",
+            )
 
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
@@ -142,6 +159,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def sequences(self) -> int:
+        """Sequences to run: `best_of` where it is more than `n`."""
+        return max(self.n, self.best_of or 1)
 
 
 def _number(params: SamplingParams, name: str, low: float, high: float, *, low_open: bool = False) -> None:
@@ -178,6 +200,13 @@ def _token_id(token: object, name: str) -> None:
         raise RequestError(f"{name}: {token!r} is not a token id", param=name)
 
 
+class Tier(enum.StrEnum):
+    """Whose turn it is: batch work runs in what online work leaves free, and gives it back."""
+
+    ONLINE = "online"
+    BATCH = "batch"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and how to continue it, validated against a model by `check_request`.
@@ -186,6 +215,9 @@ class Request:
     stop_token_ids: every token that ends it, the model's own included unless `ignore_eos`; at most
         MAX_STOP_TOKENS.
     max_total_tokens: prompt plus generated tokens, at most the context.
+    priority: within its tier, lower runs first.
+    deadline: when it ends, finished or not, on the clock of `arrival_time`; None: never.
+    salt: prompts share cached pages only with prompts of the same salt.
     """
 
     request_id: str
@@ -194,6 +226,10 @@ class Request:
     stop_token_ids: tuple[int, ...]
     max_total_tokens: int
     arrival_time: float
+    tier: Tier = Tier.ONLINE
+    priority: int = 0
+    deadline: float | None = None
+    salt: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,9 +247,20 @@ class Limits:
 
 
 def check_request(
-    request_id: str, prompt_token_ids: Any, params: SamplingParams, limits: Limits, arrival_time: float
+    request_id: str,
+    prompt_token_ids: Any,
+    params: SamplingParams,
+    limits: Limits,
+    arrival_time: float,
+    *,
+    tier: Tier = Tier.ONLINE,
+    priority: int = 0,
+    deadline: float | None = None,
+    salt: bytes = b"",
 ) -> Request:
-    """The validated request. Raises `RequestError` naming the field at fault."""
+    """The validated request. Raises `RequestError` naming the field at fault, as HTTP names it: tier is
+    `service_tier` there, deadline is `timeout`, salt is `cache_salt`."""
+    _check_place(tier, priority, deadline, salt)
     ids = _prompt_ids(prompt_token_ids, limits.vocab_size)
     length = len(ids)
     if length > limits.max_model_len or (length == limits.max_model_len and params.max_tokens != 0):
@@ -267,7 +314,31 @@ def check_request(
         stop_token_ids=stop,
         max_total_tokens=length + max_tokens,
         arrival_time=arrival_time,
+        tier=tier,
+        priority=priority,
+        deadline=deadline,
+        salt=salt,
     )
+
+
+def _check_place(tier: object, priority: object, deadline: object, salt: object) -> None:
+    """Raises `RequestError` unless these say where a request stands in the queue and in the cache."""
+    if not isinstance(tier, Tier):
+        raise RequestError(f"tier={tier!r} must be one of {[t.value for t in Tier]}", param="service_tier")
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise RequestError(f"priority={priority!r} must be an integer", param="priority")
+    if abs(priority) > MAX_PRIORITY:
+        raise RequestError(
+            f"priority={priority} must lie in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", param="priority"
+        )
+    if deadline is not None and (
+        isinstance(deadline, bool) or not isinstance(deadline, int | float) or not abs(deadline) < math.inf
+    ):
+        raise RequestError(f"deadline={deadline!r} must be a finite number", param="timeout")
+    if not isinstance(salt, bytes):
+        raise RequestError(f"salt={salt!r} must be bytes", param="cache_salt")
+    if len(salt) > MAX_SALT:
+        raise RequestError(f"the salt has {len(salt)} bytes; at most {MAX_SALT}", param="cache_salt")
 
 
 def _prompt_ids(prompt: Any, vocab_size: int) -> NDArray[np.int32]:
@@ -296,12 +367,14 @@ class Finish(enum.StrEnum):
     STOP = "stop"  # a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context
     ABORT = "abort"  # the client left
+    TIMEOUT = "timeout"  # the deadline passed
 
 
 class Status(enum.StrEnum):
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    PREEMPTED = "preempted"  # waits again, with the output that it had
     FINISHED = "finished"
 
 
@@ -323,6 +396,7 @@ class Sequence:
     sampled: int = 0  # tokens whose sampling was dispatched
     output: list[int] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
+    cached: int = 0  # prompt tokens that came from the prefix cache when it was first admitted
 
     @property
     def prompt_len(self) -> int:
@@ -337,16 +411,24 @@ class Sequence:
 class PrefillRow:
     """A chunk of one prompt, and all that the device must know of its sequence.
 
+    The prompt of a sequence that was preempted may go on with the tokens it had generated; `prompt_len` is
+    then still the request's. A chunk may start at a page that the prefix cache had, so that `first` says
+    nothing about `start`.
+
     table: i32[pages_per_slot], the sequence's pages in order, covering positions
         0 .. start+len(tokens)-1; the rest is -1.
     targets: i32[chunk], the token that follows each one (-1 after the last), when prompt logprobs are wanted.
+    forced: the token that the row must yield instead of drawing one, because it was drawn before a
+        preemption; -1: draw.
+    generated: i32[k], the tokens generated before a preemption that are now computed as if they were prompt;
+        in the first row, if a penalty counts them.
     """
 
     slot: int
     start: int  # position of tokens[0]
     tokens: NDArray[np.int32]  # i32[chunk]
     table: NDArray[np.int32]
-    first: bool  # the sequence's first chunk: whatever the slot held before is void
+    first: bool  # the sequence's first chunk in this slot: whatever the slot held before is void
     last: bool  # the prompt ends here: draw a token, unless max_total_tokens is prompt_len
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
@@ -355,15 +437,26 @@ class PrefillRow:
     max_total_tokens: int
     targets: NDArray[np.int32] | None = None
     prompt: NDArray[np.int32] | None = None  # i32[prompt_len], in the first row if a penalty needs it
+    forced: int = -1
+    generated: NDArray[np.int32] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """One more token for each running sequence: the last one drawn in `slots[i]` enters at `positions[i]`."""
+    """`steps` more tokens for each running sequence.
+
+    The last one drawn in `slots[i]` enters at `positions[i]`, the one drawn after it at `positions[i] + 1`,
+    and so on until the sequence ends.
+
+    tables: covers every position that the row may still write in these steps.
+    forced: the token that each row must yield instead of drawing one, -1 where it draws; None if all draw.
+    """
 
     slots: NDArray[np.int32]  # i32[rows]
     positions: NDArray[np.int32]  # i32[rows]
     tables: NDArray[np.int32]  # i32[rows, pages_per_slot], unused entries -1
+    forced: NDArray[np.int32] | None = None  # i32[rows]
+    steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.scheduler.types import Limits, Request, RequestError, SamplingParams, check_request
+from jaxserve.scheduler.types import Limits, Request, RequestError, SamplingParams, Tier, check_request
 
 LIMITS = Limits(vocab_size=100, max_model_len=32, pool_tokens=64, eos_token_ids=(2, 3))
 
@@ -36,6 +36,9 @@ def check(prompt: Any = (1, 5, 7), limits: Limits = LIMITS, **params: Any) -> Re
         ("top_k", 1.0, "top_k=1.0 must be an integer"),
         ("n", 0, "n=0 must lie in [1, 128]"),
         ("n", True, "n=True must be an integer"),
+        ("best_of", 0, "best_of=0 must lie in [1, 128]"),
+        ("best_of", 129, "best_of=129 must lie in [1, 128]"),
+        ("best_of", 2.0, "best_of=2.0 must be an integer"),
         ("seed", -1, "seed=-1 must lie in [0, 9223372036854775807]"),
         ("seed", 2**63, "seed=9223372036854775808 must lie in [0, 9223372036854775807]"),
         ("max_tokens", -1, "max_tokens=-1 must lie in [0, 2147483647]"),
@@ -206,3 +209,46 @@ def test_tokens_that_can_never_be_drawn_are_refused() -> None:
     assert caught.value.param == "allowed_token_ids"
     check(allowed_token_ids=(3, 4), stop_token_ids=(3,), min_tokens=1, max_tokens=4)
     check(allowed_token_ids=(3, 4), stop_token_ids=(3, 4), max_tokens=4)
+
+
+def test_best_of() -> None:
+    assert (SamplingParams().sequences, SamplingParams(n=3).sequences) == (1, 3)
+    assert SamplingParams(n=2, best_of=5).sequences == 5
+    assert SamplingParams(best_of=1, temperature=0).sequences == 1
+    with pytest.raises(RequestError, match="best_of=2 is less than n=3") as caught:
+        SamplingParams(n=3, best_of=2)
+    assert caught.value.param == "best_of"
+    with pytest.raises(RequestError, match="best_of=2 needs a temperature above 0"):
+        SamplingParams(best_of=2, temperature=0)
+
+
+def test_where_a_request_stands() -> None:
+    params = SamplingParams()
+    plain = check_request("r", [1], params, LIMITS, 0.0)
+    assert (plain.tier, plain.priority, plain.deadline, plain.salt) == (Tier.ONLINE, 0, None, b"")
+    request = check_request(
+        "r", [1], params, LIMITS, 1.0, tier=Tier.BATCH, priority=-5, deadline=2.5, salt=b"tenant"
+    )
+    assert (request.tier, request.priority, request.deadline) == (Tier.BATCH, -5, 2.5)
+    assert request.salt == b"tenant"
+
+
+@pytest.mark.parametrize(
+    ("place", "param", "message"),
+    [
+        ({"tier": "batch"}, "service_tier", "tier='batch' must be one of ['online', 'batch']"),
+        ({"priority": True}, "priority", "priority=True must be an integer"),
+        ({"priority": 1.0}, "priority", "priority=1.0 must be an integer"),
+        ({"priority": 2**31}, "priority", "priority=2147483648 must lie in [-2147483647, 2147483647]"),
+        ({"priority": -(2**31)}, "priority", "priority=-2147483648 must lie in [-2147483647, 2147483647]"),
+        ({"deadline": float("nan")}, "timeout", "deadline=nan must be a finite number"),
+        ({"deadline": float("inf")}, "timeout", "deadline=inf must be a finite number"),
+        ({"deadline": "1"}, "timeout", "deadline='1' must be a finite number"),
+        ({"salt": "tenant"}, "cache_salt", "salt='tenant' must be bytes"),
+        ({"salt": b"x" * 1025}, "cache_salt", "the salt has 1025 bytes; at most 1024"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(place: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_request("r", [1], SamplingParams(), LIMITS, 0.0, **place)
+    assert (str(caught.value), caught.value.param) == (message, param)
