@@ -1,0 +1,267 @@
+"""What the scheduler and the cache are worth, each claim beside its alternative in one run.
+
+    python -m benchmarks.serving SCENARIO [MODEL] [--slots 16] [--seconds 60]
+
+MODEL: a local folder; without one the embedded model. A line per row to stderr, one JSON line to stdout.
+
+prefix: 128 requests over a shared prefix of 1,000 tokens, with the prefix cache and without.
+mixed: interactive requests at set times, alone and with batch work in all that they leave; batch work alone.
+overload: ten times the capacity offered: what is refused, what admitted requests wait, what is left behind.
+reproducible: tokens per second at 1, 4, 16 and all slots, with `--reproducible` and without, alternating.
+objective: the same traffic under `--objective latency` and `throughput`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+
+from benchmarks import load
+from benchmarks.load import Record
+from benchmarks.peers import machine
+from jaxserve.build import build_engine
+from jaxserve.config import EngineOptions
+from jaxserve.engine.engine import Engine
+from jaxserve.scheduler.types import SamplingParams, Tier
+
+ROOT = Path(__file__).resolve().parent.parent
+rng = np.random.default_rng(0)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prompt(engine: Engine, length: int) -> list[int]:
+    return rng.integers(engine.limits.vocab_size, size=length).tolist()
+
+
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+
+def run_all(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[list[Record], float]:
+    """All at once, to the end: (records, seconds)."""
+    begin = time.perf_counter()
+    records = [load.submit(engine, each, greedy(tokens)) for each in prompts]
+    load.wait(records)
+    return records, time.perf_counter() - begin
+
+
+def prefix(options: Options) -> dict[str, Any]:
+    rows = {}
+    for name, cached in (("with", True), ("without", False)):
+        engine = options.engine(prefix_cache=cached)
+        shared = prompt(engine, 1000)
+        prompts = [shared + prompt(engine, 8) for _ in range(128)]
+        records, seconds = run_all(engine, prompts, 8)
+        asked = sum(map(len, prompts))
+        computed = asked - sum(record.cached for record in records)
+        rows[name] = load.summary(records, seconds) | {"prompt_tokens": asked, "computed_tokens": computed}
+        engine.close()
+        say(f"prefix cache {name:8} computed {computed} of {asked} prompt tokens, {rows[name]['ttft_ms']}")
+    return rows | {"computed_share": rows["with"]["computed_tokens"] / rows["without"]["computed_tokens"]}
+
+
+def step_seconds(engine: Engine, slots: int, chunk: int) -> tuple[float, float]:
+    """(a decode step with every slot full, a prefill of one chunk), before the engine's thread starts."""
+    records = [load.submit(engine, prompt(engine, 16), greedy(64)) for _ in range(slots)]
+    while any(not record.tokens for record in records):
+        engine.step_apart()
+    decode = statistics.median(sum(engine.step_apart()) for _ in range(20))
+    while engine.step():
+        pass
+    length = min(chunk, engine.limits.max_model_len - 1)
+    chunks = []
+    for _ in range(7):
+        load.submit(engine, prompt(engine, length), greedy(1))
+        chunks.append(sum(engine.step_apart()))
+        while engine.step():
+            pass
+    return decode, statistics.median(chunks)
+
+
+def mixed(options: Options) -> dict[str, Any]:
+    engine = options.engine(start=False)
+    decode, chunk = step_seconds(engine, options.slots, engine.scheduler.prefill_chunk)
+    engine.start()
+
+    def online(seconds: float) -> list[load.Arrival]:
+        """Every 0.5 s on average, 48 tokens in and 32 out."""
+        times = np.cumsum(np.random.default_rng(1).exponential(0.5, int(seconds / 0.5)))
+        prompts = [prompt(engine, 48) for _ in times]
+        return [
+            (float(at), partial(load.submit, engine, text, greedy(32)))
+            for at, text in zip(times, prompts, strict=True)
+        ]
+
+    def batch() -> load.Closed:
+        def start(on_end: Callable[[Record], None]) -> Record:
+            return load.submit(engine, prompt(engine, 128), greedy(128), tier=Tier.BATCH, on_end=on_end)
+
+        return load.Closed(2 * options.slots, start)
+
+    def timed(work: Callable[[], list[Record]]) -> tuple[list[Record], float]:
+        begin = time.perf_counter()
+        return work(), time.perf_counter() - begin
+
+    alone, alone_s = timed(lambda: load.play(online(options.seconds)))
+
+    begin = time.perf_counter()
+    background = batch()
+    time.sleep(options.seconds)
+    batch_alone = background.stop()
+    batch_s = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    background = batch()
+    time.sleep(1.0)
+    together = load.play(online(options.seconds))
+    behind = background.stop()
+    mixed_s = time.perf_counter() - begin
+
+    rows = {
+        "step_ms": round(1e3 * decode, 2),
+        "chunk_ms": round(1e3 * chunk, 2),
+        "online_alone": load.summary(alone, alone_s),
+        "batch_alone": load.summary(batch_alone, batch_s),
+        "online_mixed": load.summary(together, mixed_s),
+        "batch_mixed": load.summary(behind, mixed_s),
+        "preemptions": engine.stats()["preemptions"],
+        "batch_tokens_lost": sum(128 - len(record.tokens) for record in behind),
+    }
+    rows["itl_p99_over_step_and_chunk"] = rows["online_mixed"]["itl_ms"]["p99"] / (1e3 * (decode + chunk))
+    rows["ttft_p99_over_alone_and_chunk"] = rows["online_mixed"]["ttft_ms"]["p99"] / (
+        rows["online_alone"]["ttft_ms"]["p99"] + 1e3 * chunk
+    )
+    total = rows["online_mixed"]["tokens_per_second"] + rows["batch_mixed"]["tokens_per_second"]
+    rows["throughput_over_batch_alone"] = total / rows["batch_alone"]["tokens_per_second"]
+    for name, row in rows.items():
+        say(f"{name}: {row}")
+    engine.close()
+    return rows
+
+
+def overload(options: Options) -> dict[str, Any]:
+    queued = 2 * options.slots
+    engine = options.engine(max_queued=queued)
+    _, seconds = run_all(engine, [prompt(engine, 64) for _ in range(queued)], 32)
+    capacity = queued / seconds  # requests per second
+    process = psutil.Process()
+    before, files = process.memory_info().rss, process.num_fds()
+    rate = 10 * capacity
+    text = prompt(engine, 64)
+    arrivals = [
+        (i / rate, lambda: load.submit(engine, text, greedy(32))) for i in range(int(rate * options.seconds))
+    ]
+    begin = time.perf_counter()
+    records = load.play(arrivals)
+    taken = time.perf_counter() - begin
+    stats = engine.stats()
+    # a request waits at most for the queue before it and its own service
+    bound = (queued + options.slots) / capacity * 1.5
+    row = load.summary(records, taken) | {
+        "capacity_per_second": round(capacity, 1),
+        "offered_per_second": round(rate, 1),
+        "retry_after": sorted({record.retry_after for record in records if record.retry_after}),
+        "slowest_seconds": round(max(r.times[-1] - r.submitted for r in records if r.times), 2),
+        "bound_seconds": round(bound, 2),
+        "memory_growth_mb": round((process.memory_info().rss - before) / 1e6, 1),
+        "files_more": process.num_fds() - files,
+        "left": {name: stats[name] for name in ("running", "waiting", "pages_used")},
+    }
+    say(f"overload: {row}")
+    engine.close()
+    return row
+
+
+def reproducible(options: Options) -> dict[str, Any]:
+    engines = {name: options.engine(reproducible=flag) for name, flag in (("with", True), ("without", False))}
+    counts = sorted({1, 4, 16, options.slots})
+    rates: dict[str, dict[int, list[float]]] = {name: {n: [] for n in counts} for name in engines}
+    for _ in range(3):
+        for count in counts:
+            for name, engine in engines.items():
+                records, seconds = run_all(engine, [prompt(engine, 64) for _ in range(count)], 64)
+                rates[name][count].append(sum(len(r.tokens) for r in records) / seconds)
+    rows = {}
+    for count in counts:
+        row = {name: round(statistics.median(rates[name][count]), 1) for name in engines}
+        rows[str(count)] = row | {"share": round(row["with"] / row["without"], 3)}
+        say(f"{count:3} active slots: {rows[str(count)]}")
+    for engine in engines.values():
+        engine.close()
+    return rows
+
+
+def objective(options: Options) -> dict[str, Any]:
+    rows = {}
+    for name in ("latency", "throughput"):
+        engine = options.engine(objective=name)
+        # long prompts among short ones: what a chunk makes the others wait
+        arrivals: list[load.Arrival] = []
+        for i in range(int(options.seconds / 0.1)):
+            text = prompt(engine, 900 if i % 5 == 0 else 32)
+            arrivals.append((0.1 * i, partial(load.submit, engine, text, greedy(32))))
+        begin = time.perf_counter()
+        records = load.play(arrivals)
+        rows[name] = load.summary(records, time.perf_counter() - begin)
+        engine.close()
+        say(f"objective {name}: {rows[name]}")
+    return rows
+
+
+SCENARIOS = {each.__name__: each for each in (prefix, mixed, overload, reproducible, objective)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    model: str | None
+    slots: int
+    seconds: float
+
+    def engine(self, *, start: bool = True, **options: Any) -> Engine:
+        engine = build_engine(self.model, EngineOptions(max_slots=self.slots, **options), progress=say)
+        if start:
+            engine.start()
+        return engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    given = parser.parse_args()
+    before = machine.idle_check()
+    options = Options(given.model, given.slots, given.seconds)
+    result = SCENARIOS[given.scenario](options)
+    report = {
+        "benchmark": f"serving {given.scenario}",
+        **dataclasses.asdict(options),
+        "result": result,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "commit": machine.commit(ROOT),
+        "machine": machine.describe() | {"before": before},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
