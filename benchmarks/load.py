@@ -1,6 +1,7 @@
 """The load generator of every serving benchmark: requests at set times or so many at once, timed per token.
 
-It drives an engine in this process through `Engine.submit`, as the server does: it times the engine, not HTTP. Open load (`play`) submits at its own times whatever the engine does; closed load (`Closed`)
+It drives an engine in this process through `Engine.submit`, as the server does: it times the engine alone.
+Open load (`play`) submits at its own times whatever the engine does; closed load (`Closed`)
 keeps a number of requests in flight and starts another when one ends.
 """
 

@@ -21,10 +21,20 @@ class EngineOptions:
     page_size: tokens per KV page.
     kv_pages: pages in the pool; None takes what memory holds, at most what all slots can use.
     memory_fraction: share of the device's (on CPU: the free) memory that weights, pool and programs may take.
-    prefill_chunk: prompt tokens computed between two decode steps.
+    prefill_chunk: prompt tokens computed between two decode steps; None goes by the objective.
     mesh: devices per axis, e.g. data=1,tensor=4,expert=1.
     seed: draws the seeds of requests that bring none; with load_format dummy, the weights too.
     load_format: auto reads the checkpoint; dummy draws random weights from config.json alone.
+    objective: throughput computes prompts in chunks of 512 tokens; latency in chunks of 128, so that the
+        tokens of those who already read come at shorter intervals, and fewer in all.
+    reproducible: the same request gets the same bits, whatever runs beside it.
+    prefix_cache: start a prompt from the pages that earlier ones left.
+    multi_step: tokens that each sequence draws per dispatch when nothing waits; None chooses.
+    overcommit: pages promised to sequences, as a share of the pool; beyond 1 some may be preempted.
+    max_queued: sequences that may wait for a slot; a request beyond that is refused (HTTP 429).
+    max_queued_tokens: likewise, prompt tokens that may wait; 0 takes 64 times what the page pool holds.
+    step_timeout: seconds after which a device step that has not come back makes /health fail.
+    response_cache: megabytes on disk for answers to requests that can have only one; 0 keeps none.
     """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -33,10 +43,19 @@ class EngineOptions:
     page_size: int = 64
     kv_pages: int | None = None
     memory_fraction: float = 0.9
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     mesh: str = "data=1,tensor=1,expert=1"
     seed: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
+    objective: Literal["throughput", "latency"] = "throughput"
+    reproducible: bool = False
+    prefix_cache: bool = True
+    multi_step: int | None = None
+    overcommit: float = 1.0
+    max_queued: int = 1024
+    max_queued_tokens: int = 0
+    step_timeout: float = 120.0
+    response_cache: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -44,9 +63,15 @@ class EngineOptions:
             ("page_size", 8, 1024),
             ("prefill_chunk", 16, 65536),
             ("seed", 0, 2**63 - 1),
+            ("multi_step", 1, 64),
+            ("overcommit", 1.0, 16.0),
+            ("max_queued", 1, 2**20),
+            ("max_queued_tokens", 0, 2**40),
+            ("step_timeout", 0.1, 86400.0),
+            ("response_cache", 0, 2**20),
         ):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must lie in [{low}, {high}]")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"--page-size={self.page_size} must be a power of two")
@@ -56,6 +81,12 @@ class EngineOptions:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"--memory-fraction={self.memory_fraction} must lie in (0, 1]")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """`prefill_chunk`, or what the objective makes it."""
+        by_objective = {"throughput": 512, "latency": 128}[self.objective]
+        return by_objective if self.prefill_chunk is None else self.prefill_chunk
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +98,7 @@ class ServerOptions:
     api_key: clients must send it as `Authorization: Bearer KEY`.
     api_key_file: likewise, one key a line.
     served_model_name: the name that requests give; None takes the last part of the folder or hub id.
+    service_tier: of requests that name none: default runs first, flex in what the others leave free.
     """
 
     host: str = "127.0.0.1"
@@ -74,6 +106,7 @@ class ServerOptions:
     api_key: str | None = None
     api_key_file: str | None = None
     served_model_name: str | None = None
+    service_tier: Literal["default", "flex"] = "default"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -33,7 +33,12 @@ class TokenizerLike(Protocol):
 
 
 class EngineLike(Protocol):
-    """A running engine. `submit` and `abort` are safe from any thread and return at once."""
+    """A running engine. `submit` and `abort` are safe from any thread and return at once.
+
+    `submit` raises `EngineBusy` when the queue is full and RuntimeError when the engine does not run.
+    stuck: what is stuck, while a device step takes longer than it may.
+    facts: what `stats` repeats; with a response cache, `fingerprint` says which weights and versions answer.
+    """
 
     @property
     def limits(self) -> Limits: ...
@@ -46,6 +51,12 @@ class EngineLike(Protocol):
 
     @property
     def failure(self) -> BaseException | None: ...
+
+    @property
+    def stuck(self) -> str | None: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
 
     def submit(self, request: Request, sink: Sink) -> None: ...
 

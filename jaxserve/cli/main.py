@@ -24,8 +24,7 @@ COMMANDS = {
 # named in the contract, built later: refused by name rather than as unknown
 LATER_COMMANDS = ("batch", "score", "embed", "bench", "plan", "tune", "convert")
 LATER_FLAGS = (
-    *("objective", "reproducible", "no-reproducible", "response-cache", "max-queued", "drain-seconds"),
-    *("metrics-port", "coordinator", "processes", "process-id"),
+    *("drain-seconds", "metrics-port", "coordinator", "processes", "process-id"),
 )
 
 

@@ -37,7 +37,8 @@ _FLOATS = (
 )
 _INTS = ("top_k", "seed_low", "seed_high", "min_end", "limit", "flags")
 SAMPLING_WIDTH = len(_FLOATS) + len(_INTS) + MAX_STOP_TOKENS
-_ROW = 5  # slot, start, count, offset, last
+_ROW = 6  # slot, start, count, offset, last, forced
+_DECODE_ROW = 4  # slot, position, count, forced
 
 RESULT_WIDTH = 3 + 2 * MAX_LOGPROBS  # token, logprob, rank, then alternatives and their logprobs
 
@@ -84,7 +85,8 @@ def sampling_row(
     if params.greedy:
         floats[0] = 0.0
     row[: len(_FLOATS)] = floats.view(np.int32)
-    flags = EDITED * needs_edits(params) | LOGPROBS * (params.logprobs is not None)
+    ranked = params.sequences > params.n
+    flags = EDITED * needs_edits(params) | LOGPROBS * (params.logprobs is not None or ranked)
     words = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
     ints = (max(params.top_k, 0), *words, prompt_len + params.min_tokens, limit, flags)
     row[len(_FLOATS) : len(_FLOATS) + len(_INTS)] = ints
@@ -111,6 +113,7 @@ class PrefillBatch(NamedTuple):
     counts: Int[Array, " R"]
     offsets: Int[Array, " R"]  # position of its first token
     last: Int[Array, " R"]  # 1: draw a token after it
+    forced: Int[Array, " R"]  # the token to take instead of drawing, or -1
     sampling: Int[Array, "R width"]
     tables: Int[Array, "R PP"]
 
@@ -131,7 +134,7 @@ def pack_prefill(
         count = len(row.tokens)
         ids[start : start + count] = row.tokens
         positions[start : start + count] = np.arange(row.start, row.start + count, dtype=np.int32)
-        table[i, :_ROW] = (row.slot, start, count, row.start, row.last)
+        table[i, :_ROW] = (row.slot, start, count, row.start, row.last, row.forced)
         table[i, _ROW : _ROW + SAMPLING_WIDTH] = sampling_row(
             row.params,
             stop=row.stop_token_ids,
@@ -160,24 +163,49 @@ def unpack_prefill(
     )
 
 
+class DecodeBatch(NamedTuple):
+    """B rows; unused ones have slot -1. Row i draws up to counts[i] tokens."""
+
+    slots: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    counts: Int[Array, " B"]
+    forced: Int[Array, " B"]  # the first token to take instead of drawing, or -1
+    tables: Int[Array, "B PP"]
+
+
+def decode_shape(rows: int, pages_per_slot: int) -> tuple[int, int]:
+    return rows, _DECODE_ROW + pages_per_slot
+
+
 def pack_decode(rows: DecodeRows, *, bucket: int) -> NDArray[np.int32]:
-    """i32[bucket, 2 + pages_per_slot]: slot, position, table; unused rows have slot -1."""
-    packed = np.full((bucket, 2 + rows.tables.shape[1]), -1, np.int32)
+    packed = np.full(decode_shape(bucket, rows.tables.shape[1]), -1, np.int32)
     count = len(rows.slots)
     packed[:count, 0] = rows.slots
     packed[:count, 1] = rows.positions
-    packed[:count, 2:] = rows.tables
+    packed[:count, 2] = rows.steps
+    if rows.forced is not None:
+        packed[:count, 3] = rows.forced
+    packed[:count, _DECODE_ROW:] = rows.tables
     return packed
 
 
-def edits_size(words: int) -> int:
-    return 1 + 2 * words + 2 * MAX_LOGIT_BIAS
+def unpack_decode(packed: Int[Array, "B n"]) -> DecodeBatch:
+    return DecodeBatch._make([*(packed[:, i] for i in range(_DECODE_ROW)), packed[:, _DECODE_ROW:]])
+
+
+def edits_size(vocab_size: int) -> int:
+    return 1 + 2 * -(-vocab_size // 32) + 2 * MAX_LOGIT_BIAS + vocab_size
 
 
 def pack_edits(
-    slot: int, params: SamplingParams, prompt: NDArray[np.int32], vocab_size: int
+    slot: int,
+    params: SamplingParams,
+    prompt: NDArray[np.int32],
+    generated: NDArray[np.int32],
+    vocab_size: int,
 ) -> NDArray[np.int32]:
-    """i32: the slot, its allowed tokens and its prompt's tokens as bits, its logit biases."""
+    """i32: the slot, its allowed tokens and its prompt's tokens as bits, its logit biases, how often each
+    token was generated before (by a sequence that was preempted)."""
     words = -(-vocab_size // 32)
     allowed = np.zeros(words * 32, np.bool_)
     allowed[slice(None) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
@@ -194,6 +222,7 @@ def pack_edits(
             np.packbits(present, bitorder="little").view(np.int32),
             bias_tokens,
             bias.view(np.int32),
+            np.bincount(generated, minlength=vocab_size).astype(np.int32),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxserve.engine import batch
 from jaxserve.engine.programs import Program, Programs
-from jaxserve.engine.state import StateShape, abstract_state, mask_words
+from jaxserve.engine.state import StateShape, abstract_state
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Params
 
@@ -46,9 +47,17 @@ def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
 
 
 def register_programs(
-    steps: Steps, params: Params, shape: StateShape, prefill_rows: dict[int, int]
+    steps: Steps,
+    params: Params,
+    shape: StateShape,
+    prefill_rows: dict[int, int],
+    decode_rows: list[int],
+    max_steps: int = 1,
 ) -> Programs:
-    """Every program that serving needs, the slowest to compile first; `params` may be abstract."""
+    """Every program that serving needs, the slowest to compile first; `params` may be abstract.
+
+    prefill_rows, decode_rows: the buckets. max_steps: tokens that a decode program can draw per dispatch.
+    """
     model, mesh = steps.model, steps.mesh
     state = abstract_state(model.config, shape, model.dtype, mesh)
     state_out = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -76,13 +85,13 @@ def register_programs(
                 out_shardings=(state_out, everywhere, everywhere),
             )
         )
-    for rows in sorted(decode_buckets(shape.max_slots), reverse=True):
+    for rows in sorted(decode_rows, reverse=True):
         programs.register(
             Program(
                 "decode",
                 rows,
-                steps.decode_step,
-                (params, state, ints(rows, 2 + shape.pages_per_slot)),
+                functools.partial(steps.decode_step, max_steps=max_steps),
+                (params, state, ints(*batch.decode_shape(rows, shape.pages_per_slot))),
                 donate=(1,),
                 out_shardings=(state_out, everywhere),
             )
@@ -98,13 +107,12 @@ def register_programs(
                 out_shardings=everywhere,
             )
         )
-    words = mask_words(model.config.vocab_size)
     programs.register(
         Program(
             "edit_slot",
             1,
             steps.edit_slot,
-            (state, ints(batch.edits_size(words))),
+            (state, ints(batch.edits_size(model.config.vocab_size))),
             (0,),
             out_shardings=state_out,
         )

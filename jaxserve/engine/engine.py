@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import random
 import threading
 import time
@@ -19,11 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxserve.engine import batch
-from jaxserve.engine.outputs import Output, Sink
-from jaxserve.engine.programs import Programs, bucket_for
+from jaxserve.engine.outputs import EngineBusy, Output, Sink
+from jaxserve.engine.programs import Key, Programs, bucket_for
 from jaxserve.engine.state import EngineState
 from jaxserve.engine.streams import Stream
 from jaxserve.models.decoder import Params
@@ -31,15 +31,18 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
 from jaxserve.text.tokenizer import Tokenizer
 
+TOTALS = ("prompt_tokens_total", "generation_tokens_total", "requests_total", "rejected_total")
+
 
 @dataclasses.dataclass(slots=True)
 class _Flight:
-    """A dispatched plan, and the device arrays that will hold its results."""
+    """A dispatched plan, the device arrays that will hold its results, and the programs that fill them."""
 
     plan: StepPlan
-    prefill: jax.Array | None = None
-    decode: jax.Array | None = None
-    prompt_logprobs: jax.Array | None = None
+    prefill: jax.Array | None = None  # i32[rows, RESULT_WIDTH]
+    decode: jax.Array | None = None  # i32[steps, rows, RESULT_WIDTH]
+    prompt_logprobs: jax.Array | None = None  # i32[tokens, RESULT_WIDTH]
+    programs: list[Key] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,6 +60,8 @@ class Engine:
 
     programs: compiled; see `build.py` for the kinds. params, state: on the device; the state is given away.
     prefill_rows: rows of each prefill bucket.
+    max_queued, max_queued_tokens: when so many wait, or tokens of prompts, requests are refused.
+    step_timeout: seconds after which a step that has not come back counts as stuck.
     """
 
     def __init__(
@@ -71,6 +76,9 @@ class Engine:
         prefill_rows: dict[int, int],
         seed: int,
         facts: dict[str, Any],
+        max_queued: int = 1024,
+        max_queued_tokens: int = 2**31,
+        step_timeout: float = 120.0,
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
@@ -90,7 +98,11 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
-        self._totals = {"prompt_tokens_total": 0, "generation_tokens_total": 0, "requests_total": 0}
+        self._totals = dict.fromkeys(TOTALS, 0)
+        self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
+        self._step_timeout = step_timeout
+        self._waits_for: tuple[float, _Flight] | None = None  # since when, while a step is read back
+        self._rate = _Rate()
 
     # -- from any thread -------------------------------------------------------------------------------
 
@@ -99,14 +111,30 @@ class Engine:
         """False once the engine has failed or was closed."""
         return self.failure is None and not self._closing
 
+    @property
+    def stuck(self) -> str | None:
+        """What is stuck, when a device step has not come back for `step_timeout` seconds."""
+        waits = self._waits_for
+        if waits is None or (seconds := time.monotonic() - waits[0]) < self._step_timeout:
+            return None
+        programs = ", ".join(f"{kind} {bucket}" for kind, bucket in waits[1].programs)
+        return f"the device has not finished step {waits[1].plan.step} ({programs}) for {seconds:.0f} s"
+
     def submit(self, request: Request, sink: Sink) -> None:
         """Queues a request and returns. `sink` is called on the engine's thread and must not block.
 
-        Raises RuntimeError when the engine is dead or closed.
+        Raises EngineBusy when the queue is full, RuntimeError when the engine is dead or closed.
         """
         with self._wake:
             if not self.healthy:
                 raise RuntimeError(f"the engine does not run: {self.failure or 'it was closed'}")
+            waiting, tokens = self._queued()
+            full = waiting >= self._max_queued or (
+                waiting and tokens + len(request.prompt_token_ids) > self._max_queued_tokens
+            )
+            if full:
+                self._totals["rejected_total"] += 1
+                raise EngineBusy(self._rate.seconds_for(waiting))
             self._inbox.append((request, sink))
             self._wake.notify()
 
@@ -116,15 +144,22 @@ class Engine:
             self._inbox.append(request_id)
             self._wake.notify()
 
+    def _queued(self) -> tuple[int, int]:
+        """(sequences that wait for a slot, tokens of their prompts)"""
+        came = [item[0] for item in tuple(self._inbox) if isinstance(item, tuple)]
+        waiting = sum(request.params.sequences for request in came)
+        tokens = sum(len(request.prompt_token_ids) for request in came)
+        return self.scheduler.num_waiting + waiting, self.scheduler.waiting_tokens + tokens
+
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, for `/metrics` and for people. Times are seconds."""
-        scheduler = self.scheduler
+        waiting, tokens = self._queued()
         return {
             **self.facts,
             **self._totals,
-            "running": scheduler.num_running,
-            "waiting": scheduler.num_waiting + sum(isinstance(item, tuple) for item in tuple(self._inbox)),
-            "pages_used": scheduler.pages_used,
+            **self.scheduler.stats(),
+            "waiting": waiting,
+            "waiting_tokens": tokens,
             "steps": self.times.steps,
             "host_seconds": self.times.host,
             "device_wait_seconds": self.times.wait,
@@ -159,8 +194,7 @@ class Engine:
         """
         begin = time.perf_counter()
         waited = self.times.wait
-        self._take_inbox()
-        plan = self.scheduler.plan()
+        plan = self._plan()
         flight, self._flight = self._flight, None if plan.empty else self._dispatch(plan)
         if flight is not None:
             self._commit(flight)
@@ -174,8 +208,7 @@ class Engine:
         """One turn without overlap: (host seconds, device seconds). For measuring; the work goes on."""
         self._settle()
         begin = time.perf_counter()
-        self._take_inbox()
-        plan = self.scheduler.plan()
+        plan = self._plan()
         if plan.empty:
             return time.perf_counter() - begin, 0.0
         flight = self._dispatch(plan)
@@ -184,6 +217,13 @@ class Engine:
         done = time.perf_counter()
         self._commit(flight)
         return (dispatched - begin) + (time.perf_counter() - done), done - dispatched
+
+    def _plan(self) -> StepPlan:
+        now = time.monotonic()
+        self._take_inbox()
+        for sequence in self.scheduler.expire(now):
+            self._streams.pop(sequence).end(Finish.TIMEOUT)
+        return self.scheduler.plan(now)
 
     def _settle(self) -> None:
         if self._flight is not None:
@@ -217,7 +257,7 @@ class Engine:
             with contextlib.suppress(Exception):  # a sink that raises must not silence the next one
                 stream.end(error=error)
         for request, sink in left:
-            for index in range(request.params.n):
+            for index in range(request.params.sequences):
                 with contextlib.suppress(Exception):
                     sink(Output(request.request_id, index, finish_reason=Finish.ABORT, error=error))
 
@@ -238,7 +278,7 @@ class Engine:
         seed = request.params.seed
         first = self._random.getrandbits(63) if seed is None else seed
         # an odd step visits every residue, so that siblings never share a seed
-        return [(first + index * 0x9E3779B97F4A7C15) % 2**63 for index in range(request.params.n)]
+        return [(first + index * 0x9E3779B97F4A7C15) % 2**63 for index in range(request.params.sequences)]
 
     def _dispatch(self, plan: StepPlan) -> _Flight:
         flight = _Flight(plan)
@@ -253,11 +293,14 @@ class Engine:
                 program = self._programs["decode", bucket]
                 packed = batch.pack_decode(plan.decode, bucket=bucket)
                 self._state, flight.decode = program(self._params, self._state, packed)
+                flight.programs.append(("decode", bucket))
         return flight
 
     def _edit(self, row: PrefillRow) -> None:
-        prompt = np.zeros(0, np.int32) if row.prompt is None else row.prompt
-        packed = batch.pack_edits(row.slot, row.params, prompt, self.limits.vocab_size)
+        none = np.zeros(0, np.int32)
+        prompt = none if row.prompt is None else row.prompt
+        generated = none if row.generated is None else row.generated
+        packed = batch.pack_edits(row.slot, row.params, prompt, generated, self.limits.vocab_size)
         self._state = self._programs["edit_slot", 1](self._state, packed)
 
     def _dispatch_prefill(self, flight: _Flight) -> None:
@@ -274,6 +317,7 @@ class Engine:
         self._state, flight.prefill, hidden = self._programs["prefill", bucket](
             self._params, self._state, packed
         )
+        flight.programs.append(("prefill", bucket))
         if any(row.targets is not None for row in rows):
             targets = np.full(bucket, -1, np.int32)
             start = 0
@@ -283,30 +327,43 @@ class Engine:
                 start += len(row.tokens)
             flight.prompt_logprobs = self._programs["prompt_logprobs", bucket](self._params, hidden, targets)
 
-    def _read(self, array: jax.Array | None) -> NDArray[np.int32]:
-        if array is None:
-            return np.zeros((0, batch.RESULT_WIDTH), np.int32)
+    def _read(self, flight: _Flight) -> tuple[batch.Results, batch.Results]:
+        """Results of the plan's rows (prefill, then decode step by step), and of its prompts' tokens."""
         begin = time.perf_counter()
-        host = np.asarray(array)
+        self._waits_for = (time.monotonic(), flight)
+        arrays = [
+            None if array is None else np.asarray(array)
+            for array in (flight.prefill, flight.decode, flight.prompt_logprobs)
+        ]
+        self._waits_for = None
         self.times.wait += time.perf_counter() - begin
-        return host
+        none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
+        prefill, decode, prompt = arrays
+        prefill = none if prefill is None else prefill[: len(flight.plan.prefill)]
+        rows = flight.plan.decode
+        if decode is None or rows is None:
+            decode = none
+        else:
+            decode = decode[: rows.steps, : len(rows.slots)].reshape(-1, batch.RESULT_WIDTH)
+        return (
+            batch.unpack_results(np.concatenate([prefill, decode])),
+            batch.unpack_results(none if prompt is None else prompt),
+        )
 
     def _commit(self, flight: _Flight) -> None:
         plan = flight.plan
-        decode_rows = 0 if plan.decode is None else len(plan.decode.slots)
-        rows = np.concatenate(
-            [self._read(flight.prefill)[: len(plan.prefill)], self._read(flight.decode)[:decode_rows]]
-        )
-        prompt_results = batch.unpack_results(self._read(flight.prompt_logprobs))
-        results = batch.unpack_results(rows)
+        results, prompt_results = self._read(flight)
         split = len(plan.prefill)
-        events = self.scheduler.commit(plan, results.tokens[:split], results.tokens[split:])
+        decoded = results.tokens[split:].reshape(1 if plan.decode is None else plan.decode.steps, -1)
+        events = self.scheduler.commit(plan, results.tokens[:split], decoded)
         starts = np.cumsum([0, *(len(row.tokens) for row in plan.prefill)])
         for sequence, token, row, finish in events:
             stream = self._streams.get(sequence)
             if stream is None:  # a stop string ended it at an earlier event of this very step
                 continue
             if row < split and plan.prefill[row].targets is not None:
+                if plan.prefill[row].first:
+                    stream.begin_prompt_logprobs()
                 stream.prompt_logprobs(prompt_results, int(starts[row]), len(plan.prefill[row].tokens))
             if token < 0 and finish is None:
                 continue
@@ -316,3 +373,24 @@ class Engine:
                 finish = Finish.STOP
             if finish is not None:
                 del self._streams[sequence]
+                self._rate.ended(time.monotonic())
+
+
+class _Rate:
+    """How fast sequences end, to tell a client that is refused when to come back."""
+
+    WINDOW = 32  # sequences
+    MOST = 120  # seconds
+
+    def __init__(self) -> None:
+        self._ends: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
+
+    def ended(self, now: float) -> None:
+        self._ends.append(now)
+
+    def seconds_for(self, sequences: int) -> int:
+        """Whole seconds, 1 .. MOST, in which so many end at the present rate; 1 while nothing is known."""
+        if len(self._ends) < 2:
+            return 1
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return max(1, min(self.MOST, math.ceil(sequences * each)))

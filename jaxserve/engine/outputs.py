@@ -26,10 +26,13 @@ class Output:
     token_ids: new tokens, a final stop token included.
     text: what they complete; never a part of a stop string.
     logprobs: one per new token, if asked for.
-    finish_reason: set once, in the last increment of this index.
+    finish_reason: set once, in the last increment of this index; TIMEOUT when the request's deadline passed.
     stop_reason: the stop string or stop token that ended it, None for the model's own end token.
     prompt_logprobs: once, in the first increment of index 0: one per prompt token, None for the first.
     error: the engine failed and the sequence with it; `finish_reason` is then ABORT.
+    cached_tokens: in the first increment of this index: prompt tokens that came from the prefix cache.
+    cumulative_logprob: of all its tokens, in its last increment, when the best of several are chosen.
+    from_cache: the whole answer comes from the response cache.
     """
 
     request_id: str
@@ -41,6 +44,22 @@ class Output:
     stop_reason: str | int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: str | None = None
+    cached_tokens: int = 0
+    cumulative_logprob: float | None = None
+    from_cache: bool = False
+
+
+def mean_logprob(cumulative: float | None, tokens: int) -> float:
+    """By which `best_of` ranks sequences: per token, so that longer ones are not the worse for it."""
+    return (cumulative or 0.0) / max(tokens, 1)
+
+
+class EngineBusy(RuntimeError):
+    """The queue is full: come back in `retry_after` whole seconds, 1 to 120."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+        self.retry_after = retry_after
 
 
 Sink = Callable[[Output], None]  # called on the engine's thread: must not block

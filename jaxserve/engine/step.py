@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -19,8 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.engine import heads
 from jaxserve.engine.batch import (
     EDITED,
+    RESULT_WIDTH,
     PrefillBatch,
     SamplingRows,
+    unpack_decode,
     unpack_prefill,
     unpack_sampling,
 )
@@ -94,22 +97,54 @@ class Steps:
             positions=batch.offsets + batch.counts,
             active=used & (batch.last != 0),
             reset=used,
+            forced=batch.forced,
         ), hidden
 
     def decode_step(
-        self, params: Params, state: EngineState, packed: Int[Array, "B n"]
-    ) -> tuple[EngineState, Int[Array, "B result"]]:
-        """The state after one more token in each row that is not done, and those tokens."""
-        slots, positions, tables = packed[:, 0], packed[:, 1], packed[:, 2:]
-        at = jnp.maximum(slots, 0)
-        active = (slots >= 0) & ~state.done[at]
-        positions = jnp.maximum(positions, 0)
-        hidden, pool = self.decode(params, state.pool, state.tokens[at], positions, tables, active)
-        state = dataclasses.replace(state, pool=pool)
+        self, params: Params, state: EngineState, packed: Int[Array, "B n"], *, max_steps: int
+    ) -> tuple[EngineState, Int[Array, "steps B result"]]:
+        """The state after as many more tokens as each row asks for, at most `max_steps`, and those tokens.
+
+        A row ends early when it is done, the whole when every row has: the tokens that were not drawn are -1.
+        One program for one token and for many: a row's bits do not depend on how they were asked for.
+        """
+        batch = unpack_decode(packed)
+        at = jnp.maximum(batch.slots, 0)
         rows = unpack_sampling(state.sampling[at])
-        return self._draw(
-            params, state, hidden, rows, slots, positions=positions + 1, active=active, reset=active
+
+        def active(i: Array, state: EngineState) -> Bool[Array, " B"]:
+            return (batch.slots >= 0) & ~state.done[at] & (i < batch.counts)
+
+        def one(i: Array, state: EngineState) -> tuple[EngineState, Int[Array, "B result"]]:
+            now = active(i, state)
+            at_position = jnp.maximum(batch.positions, 0) + i
+            hidden, pool = self.decode(params, state.pool, state.tokens[at], at_position, batch.tables, now)
+            return self._draw(
+                params,
+                dataclasses.replace(state, pool=pool),
+                hidden,
+                rows,
+                batch.slots,
+                positions=at_position + 1,
+                active=now,
+                reset=now,
+                forced=jnp.where(i == 0, batch.forced, -1),
+            )
+
+        if max_steps == 1:
+            state, result = one(jnp.int32(0), state)
+            return state, result[None]
+
+        def step(carry: tuple[Array, EngineState, Array]) -> tuple[Array, EngineState, Array]:
+            i, state, results = carry
+            state, result = one(i, state)
+            return i + 1, state, results.at[i].set(result)
+
+        nothing = jnp.full((max_steps, packed.shape[0], RESULT_WIDTH), -1, jnp.int32)
+        _, state, results = jax.lax.while_loop(
+            lambda carry: jnp.any(active(carry[0], carry[1])), step, (jnp.int32(0), state, nothing)
         )
+        return state, results
 
     def _draw(
         self,
@@ -122,8 +157,10 @@ class Steps:
         positions: Int[Array, " B"],
         active: Bool[Array, " B"],
         reset: Bool[Array, " B"],
+        forced: Int[Array, " B"],
     ) -> tuple[EngineState, Int[Array, "B result"]]:
-        """Draws for `positions` where active; `reset` rows get a new `done`."""
+        """Draws for `positions` where active, or takes the `forced` token where that is not negative; `reset`
+        rows get a new `done`."""
         at = jnp.maximum(slots, 0)
         logits = self.model.logits(params, hidden)
         # an unused row must not switch the optional parts on
@@ -136,7 +173,7 @@ class Steps:
             state.counts[at], state.prompt[at], state.allowed[at], state.bias_tokens[at], state.bias[at]
         )
         drawn = heads.sample(logits, rows, edits, positions)
-        drawn = jnp.where(active, drawn, -1)
+        drawn = jnp.where(active, jnp.where(forced >= 0, forced, drawn), -1)
         stopped = jnp.any(rows.stop == drawn[:, None], axis=1) | (positions + 1 >= rows.limit)
         edited = active & ((rows.flags & EDITED) != 0)
         counted = jnp.where(edited, at, state.counts.shape[0])
@@ -150,17 +187,18 @@ class Steps:
 
     def edit_slot(self, state: EngineState, packed: Int[Array, " n"]) -> EngineState:
         """The state with a slot's logit edits replaced; see `batch.pack_edits`."""
-        words = mask_words(self.model.config.vocab_size)
+        vocab = self.model.config.vocab_size
+        words = mask_words(vocab)
         slot = packed[0]
-        parts = jnp.split(packed[1:], [words, 2 * words, 2 * words + MAX_LOGIT_BIAS])
-        allowed, prompt, bias_tokens, bias = parts
+        ends = np.cumsum([words, words, MAX_LOGIT_BIAS, MAX_LOGIT_BIAS])
+        allowed, prompt, bias_tokens, bias, counts = jnp.split(packed[1:], ends.tolist())
 
         def bits(x: Array, dtype: DTypeLike) -> Array:
             return jax.lax.bitcast_convert_type(x, dtype)
 
         return dataclasses.replace(
             state,
-            counts=state.counts.at[slot].set(0),
+            counts=state.counts.at[slot].set(counts),
             allowed=state.allowed.at[slot].set(bits(allowed, jnp.uint32)),
             prompt=state.prompt.at[slot].set(bits(prompt, jnp.uint32)),
             bias_tokens=state.bias_tokens.at[slot].set(bias_tokens),

@@ -29,10 +29,17 @@ class Stream:
         self._stops = StopStrings(params.stop)
         self._logprobs = params.logprobs
         self._own_stops = frozenset(params.stop_token_ids)
+        self._ranked = params.sequences > params.n  # the best n are chosen by this
+        self._cumulative = 0.0
+        self._sequence = sequence
+        self._started = False
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
-        if params.prompt_logprobs is not None and sequence.index == 0:
-            self._prompt_logprobs = [None]
         self._prompt_top = params.prompt_logprobs or 0
+
+    def begin_prompt_logprobs(self) -> None:
+        """Its prompt is computed from the start: the first time, or again after it was preempted."""
+        if not self._started:
+            self._prompt_logprobs = [None]
 
     def prompt_logprobs(self, results: Results, first: int, count: int) -> None:
         """Takes in the prompt's log-probabilities at rows first .. first+count."""
@@ -46,16 +53,23 @@ class Stream:
         """Sends what `token` (-1: none) completes. True if a stop string ended the sequence here."""
         output = Output(self._request_id, self._index, finish_reason=finish)
         output.prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        if not self._started:
+            self._started = True
+            output.cached_tokens = self._sequence.cached
         if token >= 0:
             output.token_ids.append(token)
             if self._logprobs is not None:
                 output.logprobs = [token_logprob(results, row, self._logprobs)]
+            if self._ranked:
+                self._cumulative += float(results.logprobs[row])
         if finish is Finish.STOP:
             output.stop_reason = token if token in self._own_stops else None
         text, stopped = self._text(token, finish)
         output.text = text
         if stopped is not None:
             output.finish_reason, output.stop_reason = Finish.STOP, stopped
+        if self._ranked and output.finish_reason is not None:
+            output.cumulative_logprob = self._cumulative
         self._sink(output)
         return stopped is not None and finish is None
 
@@ -72,9 +86,9 @@ class Stream:
             text += self._stops.flush()
         return text, stopped
 
-    def end(self, *, error: str | None = None) -> None:
-        """Sends the last increment of a sequence that was aborted or lost."""
-        self._sink(Output(self._request_id, self._index, finish_reason=Finish.ABORT, error=error))
+    def end(self, finish: Finish = Finish.ABORT, *, error: str | None = None) -> None:
+        """Sends the last increment of a sequence that was aborted, too late or lost."""
+        self._sink(Output(self._request_id, self._index, finish_reason=finish, error=error))
 
 
 def token_logprob(results: Results, row: int, top: int) -> TokenLogprob:
