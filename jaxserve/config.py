@@ -71,7 +71,9 @@ class EngineOptions:
             ("response_cache", 0, 2**20),
         ):
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is None and name in ("prefill_chunk", "multi_step"):
+                continue
+            if not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must lie in [{low}, {high}]")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"--page-size={self.page_size} must be a power of two")

@@ -23,9 +23,7 @@ COMMANDS = {
 }
 # named in the contract, built later: refused by name rather than as unknown
 LATER_COMMANDS = ("batch", "score", "embed", "bench", "plan", "tune", "convert")
-LATER_FLAGS = (
-    *("drain-seconds", "metrics-port", "coordinator", "processes", "process-id"),
-)
+LATER_FLAGS = (*("drain-seconds", "metrics-port", "coordinator", "processes", "process-id"),)
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
