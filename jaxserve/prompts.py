@@ -1,7 +1,8 @@
-"""From what a user calls a prompt to token ids, for the server, the command line and `LLM` alike.
+"""From a user's words to the scheduler's, for the server, the command line and `LLM` alike: a prompt becomes
+token ids, a service tier a class of traffic.
 
-Everything that is wrong with a prompt is a `RequestError` that names the field. Knows nothing of HTTP, and
-nothing of lengths, which `check_request` checks.
+Everything that is wrong is a `RequestError` that names the field. Knows nothing of HTTP, and nothing of
+lengths, which `check_request` checks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.protocols import TokenizerLike
-from jaxserve.scheduler.types import RequestError
+from jaxserve.scheduler.types import RequestError, SamplingParams, Tier
+
+TIERS = {"auto": Tier.ONLINE, "default": Tier.ONLINE, "flex": Tier.BATCH}
+BEST_OF = False
+
+
+def tier_of(service_tier: str) -> Tier:
+    """The class of traffic that OpenAI's word stands for."""
+    if service_tier not in TIERS:
+        raise RequestError(
+            f"service_tier={service_tier!r} must be one of {', '.join(TIERS)}", param="service_tier"
+        )
+    return TIERS[service_tier]
+
+
+def check_best_of(params: SamplingParams) -> None:
+    if params.sequences > params.n and not BEST_OF:
+        raise RequestError(
+            "best_of other than n is not supported yet", param="best_of", code="unsupported_parameter"
+        )
 
 
 def encode_text(

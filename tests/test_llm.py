@@ -13,7 +13,7 @@ import pytest
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineOptions
 from jaxserve.scheduler.types import RequestError
-from tests.fakes import FakeEngine
+from tests.server.fakes import FakeEngine
 
 LN2 = math.log(2)
 

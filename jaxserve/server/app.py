@@ -35,11 +35,18 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    holder: EngineHolder, *, keys: Iterable[str] = (), max_body_bytes: int = MAX_BODY_BYTES
+    holder: EngineHolder,
+    *,
+    keys: Iterable[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    service_tier: str = "default",
 ) -> Starlette:
-    """The application over an engine that may not be there yet. keys: those that open it; none, all may."""
+    """The application over an engine that may not be there yet.
+
+    keys: those that open it; none, all may. service_tier: of requests that name none.
+    """
     gauges = Metrics(holder)
-    context = Context(holder, Bridge(holder, gauges), gauges, max_body_bytes)
+    context = Context(holder, Bridge(holder, gauges), gauges, max_body_bytes, service_tier)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

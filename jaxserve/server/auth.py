@@ -1,5 +1,7 @@
 """The API key check: every route needs a key, but for those that say whether the process lives.
 
+The digest of the key that opened the door goes on with the request: caches are separate by it.
+
 Keys are compared as SHA-256 digests in constant time, so neither a key's length nor a shared prefix can be
 timed. A path that is not exactly an open one is closed, whatever its form (`//health`, `/health/`).
 """
@@ -12,12 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.config import ServerOptions
 from jaxserve.server.errors import ApiError, error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+TENANT = "jaxserve.tenant"  # in the ASGI scope
 
 
 def load_keys(options: ServerOptions) -> list[str]:
@@ -51,7 +55,9 @@ class KeyMiddleware:
         if scope["type"] == "lifespan" or not self._digests or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        if self._allowed(Headers(scope=scope).get("authorization", "")):
+        tenant = self._tenant(Headers(scope=scope).get("authorization", ""))
+        if tenant is not None:
+            scope[TENANT] = tenant
             await self.app(scope, receive, send)
             return
         error = ApiError(
@@ -62,12 +68,19 @@ class KeyMiddleware:
         )
         await error_response(error)(scope, receive, send)
 
-    def _allowed(self, authorization: str) -> bool:
+    def _tenant(self, authorization: str) -> bytes | None:
+        """The key's digest, if it is one of those that open the server."""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
         # every key is compared, so that the time does not tell which one matched
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return given if scheme.lower() == "bearer" and any(matches) else None
+
+
+def tenant_of(http: Request) -> bytes:
+    """Of a request that came in: the digest of its API key, empty where the server needs none."""
+    tenant: bytes = http.scope.get(TENANT, b"")
+    return tenant
 
 
 def _digest(key: str) -> bytes:

@@ -15,10 +15,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
-from jaxserve.engine.outputs import Output, Sink
+from jaxserve.engine.outputs import EngineBusy, Output, Sink
 from jaxserve.protocols import EngineLike
-from jaxserve.scheduler.types import Request
-from jaxserve.server.errors import ApiError, engine_failed
+from jaxserve.scheduler.types import Finish, Request
+from jaxserve.server.errors import ApiError, engine_failed, queue_full, too_late
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.metrics import Metrics
 
@@ -88,7 +88,7 @@ class Call:
         self._buffer: list[tuple[int, Output]] = []
         self._error: ApiError | None = None
         self._event = asyncio.Event()
-        self._unfinished = sum(request.params.n for request in requests)
+        self._unfinished = sum(request.params.sequences for request in requests)
         self._started = time.monotonic()
         self._last_token: dict[tuple[int, int], float] = {}  # (prompt, index) -> when its last token came
 
@@ -97,6 +97,9 @@ class Call:
         try:
             for prompt, request in enumerate(self._requests):
                 self._engine.submit(request, self._bridge.sink(self, prompt))
+        except EngineBusy as error:  # all of its prompts or none
+            self.__exit__()
+            raise queue_full(error) from error
         except RuntimeError as error:  # the engine closed or died between the check and here
             self.__exit__()
             raise engine_failed(f"the engine takes no request: {error}") from error
@@ -123,13 +126,16 @@ class Call:
         if output.error is not None:
             self.fail(engine_failed(output.error))
             return
+        if output.finish_reason is Finish.TIMEOUT:
+            self.fail(too_late())
+            return
         self._buffer.append((prompt, output))
         self._event.set()
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
         """All that has come since the last time, as (prompt, increment), until every sequence has ended.
 
-        Raises ApiError where the engine fails.
+        Raises ApiError where the engine fails or the deadline passes.
         """
         while True:
             await self._event.wait()

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+from jaxserve.engine.outputs import EngineBusy
 from jaxserve.scheduler.types import RequestError
 
 
@@ -54,6 +55,29 @@ def not_ready(message: str, *, code: str, retry_after: int | None = 2) -> ApiErr
 
 def engine_failed(message: str) -> ApiError:
     return ApiError(500, message, type="server_error", code="engine_failed")
+
+
+def queue_full(error: EngineBusy) -> ApiError:
+    """OpenAI's words for it: its clients wait for as long as the header says, and try again."""
+    return ApiError(
+        429,
+        f"the server has more requests than it can queue; try again in {error.retry_after} s",
+        type="requests",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(error.retry_after)},
+    )
+
+
+def too_late() -> ApiError:
+    """The request's own `timeout` passed. OpenAI's clients repeat a 408 unless they are told not to."""
+    return ApiError(
+        408,
+        "the request's timeout passed before it was answered",
+        type="timeout_error",
+        param="timeout",
+        code="timeout",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

@@ -29,6 +29,17 @@ class EngineHolder:
         """False once the engine's thread died. A process that is still loading is alive."""
         return self.engine is None or self.engine.healthy
 
+    def check_health(self) -> None:
+        """Raises ApiError 503 that says why the engine does no work; a process that loads is well."""
+        if self.engine is None:
+            return
+        if not self.engine.healthy:
+            raise not_ready(
+                f"the engine failed: {describe(self.engine)}", code="engine_failed", retry_after=None
+            )
+        if stuck := self.engine.stuck:
+            raise not_ready(stuck, code="engine_stuck")
+
     def ready(self) -> EngineLike:
         """The engine, or an ApiError that says why there is none to use."""
         engine = self.engine
@@ -36,8 +47,7 @@ class EngineHolder:
             raise not_ready("the server is stopping", code="stopping", retry_after=None)
         if engine is None:
             raise not_ready("the model is still loading", code="loading")
-        if not engine.healthy:
-            raise not_ready(f"the engine failed: {describe(engine)}", code="engine_failed", retry_after=None)
+        self.check_health()
         return engine
 
     def check_model(self, name: str) -> None:

@@ -7,7 +7,8 @@ nothing in between. The registry is our own: nothing that a library registers ap
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,6 +19,27 @@ from jaxserve.server.holder import EngineHolder
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+TIERS = {"default": "online", "flex": "batch"}  # as HTTP calls them -> as `Engine.stats()` does
+# our name, vLLM's or none, text, key of `Engine.stats()`
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens taken", "prompt_tokens_total"),
+    ("generation_tokens", "generation_tokens", "Tokens generated", "generation_tokens_total"),
+    ("requests", None, "Requests taken", "requests_total"),
+    ("requests_rejected", None, "Requests refused because the queue was full", "rejected_total"),
+    (
+        "prefix_cache_queries",
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache",
+        "prefix_queries_tokens",
+    ),
+    ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens that it had", "prefix_hit_tokens"),
+    ("prefix_cache_evictions", None, "Pages that it had to give up", "evictions"),
+    ("preemptions", "num_preemptions", "Sequences that gave their slot to others", "preemptions"),
+)
+RESPONSE_CACHE_COUNTERS = (
+    ("response_cache_hits", None, "Requests answered without computing", "response_cache_hits"),
+    ("response_cache_misses", None, "Requests that it could have answered", "response_cache_misses"),
+)
 
 
 class Metrics:
@@ -84,11 +106,14 @@ class _EngineCollector(Collector):
             ("jaxserve_requests_waiting", "Sequences that wait for a slot", stats["waiting"]),
             ("vllm:num_requests_waiting", "Sequences that wait for a slot", stats["waiting"]),
             ("jaxserve_kv_pages_used", "KV pages in use", used),
+            ("jaxserve_kv_pages_cached", "KV pages that only the prefix cache holds", stats["pages_cached"]),
+            ("jaxserve_queue_tokens", "Prompt tokens that wait", stats["waiting_tokens"]),
             ("jaxserve_kv_cache_usage_ratio", "Share of the KV pages in use, 0 to 1", usage),
             ("vllm:kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1", usage),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, float(value))
+        yield from _by_tier(stats)
         page_size = str(stats["page_size"])
         for name, labels in (
             ("jaxserve_kv_cache_info", {"page_size": page_size, "pages": str(total)}),
@@ -97,9 +122,30 @@ class _EngineCollector(Collector):
             info = GaugeMetricFamily(name, "The KV cache's layout", labels=list(labels))
             info.add_metric(list(labels.values()), 1.0)
             yield info
-        for name, text, key in (
-            ("jaxserve_prompt_tokens", "Prompt tokens computed", "prompt_tokens_total"),
-            ("jaxserve_generation_tokens", "Tokens generated", "generation_tokens_total"),
-            ("jaxserve_requests", "Requests taken", "requests_total"),
-        ):
-            yield CounterMetricFamily(name, text, float(stats.get(key, 0)))
+        yield from _counters(stats, COUNTERS)
+        if "response_cache_bytes" in stats:
+            yield from _counters(stats, RESPONSE_CACHE_COUNTERS)
+            yield GaugeMetricFamily(
+                "jaxserve_response_cache_bytes", "Its size on disk", float(stats["response_cache_bytes"])
+            )
+
+
+def _by_tier(stats: Mapping[str, Any]) -> Iterable[Metric]:
+    for state, text in (
+        ("running", "Sequences that hold a slot"),
+        ("waiting", "Sequences that wait for a slot"),
+        ("preempted", "Sequences that wait with a part of their output"),
+    ):
+        gauge = GaugeMetricFamily(f"jaxserve_tier_{state}", text, labels=["service_tier"])
+        for tier, key in TIERS.items():
+            gauge.add_metric([tier], float(stats[f"{state}_{key}"]))
+        yield gauge
+
+
+def _counters(
+    stats: Mapping[str, Any], counters: Iterable[tuple[str, str | None, str, str]]
+) -> Iterable[Metric]:
+    for name, alias, text, key in counters:
+        yield CounterMetricFamily(f"jaxserve_{name}", text, float(stats[key]))
+        if alias is not None:
+            yield CounterMetricFamily(f"vllm:{alias}", text, float(stats[key]))

@@ -56,7 +56,7 @@ def serve(options: ServerOptions, build: Build, say: Say) -> int:
     if not keys and not is_loopback(options.host):
         say(f"warning: anyone who can reach {options.host} can use this server: set --api-key")
     holder = EngineHolder()
-    server = Server(holder, keys)
+    server = Server(holder, keys, options.service_tier)
     loader = Loader(server, build, say, lambda: announce(say, address, holder, bool(keys)))
     asyncio.run(server.serve_and_load(listener, loader))
     say("stopped")
@@ -166,9 +166,9 @@ class Loader:
 class Server(uvicorn.Server):
     """uvicorn with a drain of its own, and signals that end in exit code 0."""
 
-    def __init__(self, holder: EngineHolder, keys: list[str]) -> None:
+    def __init__(self, holder: EngineHolder, keys: list[str], service_tier: str = "default") -> None:
         self.holder = holder
-        app = create_app(holder, keys=keys)
+        app = create_app(holder, keys=keys, service_tier=service_tier)
         self._context: Context = app.state.context
         super().__init__(
             uvicorn.Config(

@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxserve.cli.main import main
 from jaxserve.config import EngineOptions
-from tests.fakes import FakeEngine, FakeTokenizer
+from tests.fakes import FakeTokenizer
+from tests.server.fakes import FakeEngine
 
 build = types.ModuleType("jaxserve.build")
 

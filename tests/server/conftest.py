@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.server.fakes import FakeEngine
 from tests.server.harness import Serve, Served
 
 

@@ -13,7 +13,7 @@ import openai
 
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.run import Server, bind, url
-from tests.fakes import FakeEngine
+from tests.server.fakes import FakeEngine
 
 MODEL = "alphabet"
 

@@ -9,7 +9,8 @@ import openai
 import orjson
 import pytest
 
-from tests.fakes import VOCABULARY, FakeEngine
+from tests.fakes import VOCABULARY
+from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served
 
 # fields -> (status, param, code, text in the message)
@@ -99,13 +100,42 @@ COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
         "unknown_parameter",
         "unknown field: stream_options.often",
     ),
-    ({"best_of": 3}, 400, "best_of", "unsupported_parameter", "best_of other than n is not supported yet"),
+    ({"best_of": 0}, 400, "best_of", None, "best_of=0 must lie in [1, 128]"),
+    ({"best_of": 129}, 400, "best_of", None, "best_of=129 must lie in [1, 128]"),
+    ({"best_of": "3"}, 400, "best_of", "invalid_value", "best_of: Input should be a valid integer"),
+    ({"best_of": 2, "n": 3}, 400, "best_of", None, "best_of=2 is less than n=3"),
+    ({"best_of": 2, "temperature": 0}, 400, "best_of", None, "best_of=2 needs a temperature above 0"),
+    ({"best_of": 2, "stream": True}, 400, "best_of", None, "best_of other than n is not available with"),
     ({"suffix": "x"}, 400, "suffix", "unsupported_parameter", "suffix is not supported yet"),
     ({"temprature": 1}, 400, "temprature", "unknown_parameter", "unknown field: 'temprature'"),
     ({"messages": []}, 400, "messages", "unknown_parameter", "unknown field: 'messages'"),
     ({"model": "gpt-5"}, 404, "model", "model_not_found", "the model 'gpt-5' does not exist"),
     ({"model": None}, 400, "model", "missing_required_parameter", "model is required"),
     ({"model": 5}, 400, "model", "invalid_value", "model: Input should be a valid string"),
+]
+
+# both endpoints take these
+PLACE: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
+    ({"service_tier": "scale"}, 400, "service_tier", None, "'scale' must be one of auto, default, flex"),
+    ({"service_tier": "FLEX"}, 400, "service_tier", None, "'FLEX' must be one of auto, default, flex"),
+    (
+        {"service_tier": 1},
+        400,
+        "service_tier",
+        "invalid_value",
+        "service_tier: Input should be a valid string",
+    ),
+    ({"priority": 2**31}, 400, "priority", None, "priority=2147483648 must lie in"),
+    ({"priority": -(2**31)}, 400, "priority", None, "priority=-2147483648 must lie in"),
+    ({"priority": 1.5}, 400, "priority", "invalid_value", "priority: Input should be a valid integer"),
+    ({"priority": True}, 400, "priority", "invalid_value", "priority: Input should be a valid integer"),
+    ({"cache_salt": "x" * 257}, 400, "cache_salt", None, "cache_salt has 257 bytes; at most 256"),
+    ({"cache_salt": "\u00e4" * 129}, 400, "cache_salt", None, "cache_salt has 258 bytes; at most 256"),
+    ({"cache_salt": 5}, 400, "cache_salt", "invalid_value", "cache_salt: Input should be a valid string"),
+    ({"timeout": 0}, 400, "timeout", "invalid_value", "timeout: Input should be greater than 0"),
+    ({"timeout": -1.5}, 400, "timeout", "invalid_value", "timeout: Input should be greater than 0"),
+    ({"timeout": "5"}, 400, "timeout", "invalid_value", "timeout: Input should be a valid number"),
+    ({"timeout": True}, 400, "timeout", "invalid_value", "timeout: Input should be a valid number"),
 ]
 
 USER = {"role": "user", "content": "a"}
@@ -179,10 +209,6 @@ CHAT: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
             "prediction": {},
             "reasoning_effort": "low",
             "web_search_options": {},
-            "service_tier": "flex",
-            "priority": 1,
-            "cache_salt": "x",
-            "timeout": 5,
             "verbosity": "low",
             "structured_outputs": {},
         }.items()
@@ -220,7 +246,7 @@ def check_error(reply: Any, status: int, param: str | None, code: str | None, te
     assert (error["param"], error["code"]) == (param, code)
 
 
-@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), COMPLETIONS, ids=case_name)
+@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), COMPLETIONS + PLACE, ids=case_name)
 def test_completions(
     served: Served, fields: dict[str, Any], status: int, param: str, code: str, text: str
 ) -> None:
@@ -228,7 +254,7 @@ def test_completions(
     served.as_new()
 
 
-@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), CHAT, ids=case_name)
+@pytest.mark.parametrize(("fields", "status", "param", "code", "text"), CHAT + PLACE, ids=case_name)
 def test_chat(served: Served, fields: dict[str, Any], status: int, param: str, code: str, text: str) -> None:
     check_error(served.chat(**fields), status, param, code, text)
     served.as_new()
@@ -259,7 +285,8 @@ def test_the_client_sees_its_own_exceptions(served: Served) -> None:
     [
         {"user": "u", "metadata": {"a": "b"}, "store": True, "safety_identifier": "x"},
         {"suffix": None, "best_of": None, "logprobs": None, "never_heard_of": None, "stop": None},
-        {"service_tier": "auto", "priority": 0, "response_format": {"type": "text"}},
+        {"service_tier": None, "priority": None, "cache_salt": None, "timeout": None},
+        {"cache_salt": "", "response_format": {"type": "text"}},
         {"best_of": 1},
         {"stream": False, "n": 1, "stop": []},
         {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False}},

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import FakeEngine, FakeTokenizer
+from tests.fakes import FakeTokenizer
+from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served
 
 LN2 = math.log(2)

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jaxserve.config import ServerOptions
 from jaxserve.server import body, bridge, run
 from jaxserve.server.auth import load_keys
-from tests.fakes import FakeEngine
+from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
 
 LONG = {"model": MODEL, "prompt": "a", "max_tokens": 250}

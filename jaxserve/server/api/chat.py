@@ -20,7 +20,7 @@ from jaxserve.prompts import encode_chat, token_text
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import RequestError, check_request
 from jaxserve.server.api import results
-from jaxserve.server.api.fields import SamplingFields, take_known
+from jaxserve.server.api.fields import Caller, SamplingFields, service_tier, take_known
 from jaxserve.server.body import off_loop, parse_object, read_body, validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
@@ -89,15 +89,16 @@ async def create_chat_completion(http: HttpRequest) -> ASGIApp:
     context = context_of(http)
     engine = context.holder.ready()
     data = await read_body(http.scope, http.receive, context.max_body_bytes)
-    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model))
+    caller = context.caller(http)
+    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model, caller))
     call = context.bridge.open(engine, [job.request])
     if job.fields.stream:
         return EventStream(call, job.chunks, job.closing)
-    [choices] = await unless_client_leaves(http.receive, results.collect(call, [job.request]))
-    return json_response(job.answer(choices))
+    [answer] = await unless_client_leaves(http.receive, results.collect(call, [job.request], job.usage))
+    return json_response(job.answer(answer))
 
 
-def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None]) -> ChatJob:
+def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None], caller: Caller) -> ChatJob:
     """Everything that can be wrong with a request is found here, before it is submitted."""
     fields = validate(ChatRequest, take_known(parse_object(data)))
     check_model(fields.model)
@@ -111,7 +112,7 @@ def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None])
             param="max_completion_tokens",
         )
     try:
-        return ChatJob(fields, engine)
+        return ChatJob(fields, engine, caller)
     except RequestError as error:
         raise from_request_error(error, fields.names) from None
 
@@ -122,9 +123,12 @@ def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None])
 class ChatJob:
     """A valid request: what to ask of the engine, and how to say what it answers."""
 
-    def __init__(self, fields: ChatRequest, engine: EngineLike) -> None:
+    def __init__(self, fields: ChatRequest, engine: EngineLike, caller: Caller) -> None:
         self.fields = fields
         self.tokenizer = engine.tokenizer
+        now = time.monotonic()
+        place = fields.place(caller, now)
+        self.service_tier = service_tier(place["tier"])
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         params = fields.sampling(
@@ -134,11 +138,11 @@ class ChatJob:
             prompt_logprobs=fields.prompt_logprobs,
         )
         ids = encode_chat(self.tokenizer, [message.for_template() for message in fields.messages])
-        self.request = check_request(self.id, ids, params, engine.limits, time.monotonic())
-        self._completion_tokens = 0
+        self.request = check_request(self.id, ids, params, engine.limits, now, **place)
+        self.usage = results.Usage([self.request])
         self._begun: set[int] = set()  # choices whose role was streamed
 
-    def answer(self, choices: Sequence[results.Choice]) -> dict[str, Any]:
+    def answer(self, answer: results.Answer) -> dict[str, Any]:
         """The whole reply at once."""
         body = {
             **self._head("chat.completion"),
@@ -149,20 +153,19 @@ class ChatJob:
                     "logprobs": self._logprobs(choice.logprobs),
                     "finish_reason": choice.finish_reason,
                 }
-                for index, choice in enumerate(choices)
+                for index, choice in enumerate(answer.choices)
             ],
-            "usage": results.usage([self.request], sum(choice.tokens for choice in choices)),
+            "usage": self.usage.body(),
         }
         if self.fields.prompt_logprobs is not None:
-            entries = choices[0].prompt_logprobs or ()
             body["prompt_logprobs"] = results.prompt_logprobs_body(
-                self.tokenizer, entries, self.fields.prompt_logprobs
+                self.tokenizer, answer.prompt_logprobs, self.fields.prompt_logprobs
             )
         return body
 
     def chunks(self, prompt: int, output: Output) -> Iterable[dict[str, Any]]:
         """The chunks that an increment makes: a choice's first is preceded by its role."""
-        self._completion_tokens += len(output.token_ids)
+        self.usage.add(prompt, output)
         if output.index not in self._begun:
             self._begun.add(output.index)
             yield self._chunk(output.index, {"role": "assistant", "content": ""})
@@ -172,14 +175,16 @@ class ChatJob:
 
     def closing(self) -> Iterable[dict[str, Any]]:
         if self.fields.include_usage:
-            yield {
-                **self._head("chat.completion.chunk"),
-                "choices": [],
-                "usage": results.usage([self.request], self._completion_tokens),
-            }
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage.body()}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.fields.model}
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.fields.model,
+            "service_tier": self.service_tier,
+        }
 
     def _chunk(
         self,

@@ -15,11 +15,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from jaxserve.engine.outputs import Output, TokenLogprob
-from jaxserve.prompts import encode_text, token_text
+from jaxserve.prompts import check_best_of, encode_text, token_text
 from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.types import Request, RequestError, check_request
 from jaxserve.server.api import results
-from jaxserve.server.api.fields import MAX_SEQUENCES, SamplingFields, take_known
+from jaxserve.server.api.fields import MAX_SEQUENCES, Caller, SamplingFields, service_tier, take_known
 from jaxserve.server.body import off_loop, parse_object, read_body, validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
@@ -37,6 +37,11 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = None
     best_of: int | None = None
     add_special_tokens: bool = True
+
+    def check_streaming(self) -> None:
+        super().check_streaming()
+        if self.stream and self.best_of not in (None, self.n):
+            raise bad_request("best_of other than n is not available with stream: true", param="best_of")
 
 
 def split_prompts(prompt: Any) -> list[str | list[int]]:
@@ -71,25 +76,24 @@ async def create_completion(http: HttpRequest) -> ASGIApp:
     context = context_of(http)
     engine = context.holder.ready()
     data = await read_body(http.scope, http.receive, context.max_body_bytes)
-    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model))
+    caller = context.caller(http)
+    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model, caller))
     call = context.bridge.open(engine, job.requests)
     if job.fields.stream:
         return EventStream(call, job.chunks, job.closing)
-    choices = await unless_client_leaves(http.receive, results.collect(call, job.requests))
-    return json_response(job.answer(choices))
+    answers = await unless_client_leaves(http.receive, results.collect(call, job.requests, job.usage))
+    return json_response(job.answer(answers))
 
 
-def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None]) -> CompletionJob:
+def prepare(
+    data: bytes, engine: EngineLike, check_model: Callable[[str], None], caller: Caller
+) -> CompletionJob:
     """Everything that can be wrong with a request is found here, before any of it is submitted."""
     fields = validate(CompletionRequest, take_known(parse_object(data)))
     check_model(fields.model)
     fields.check_streaming()
-    if fields.best_of is not None and fields.best_of != fields.n:
-        raise bad_request(
-            "best_of other than n is not supported yet", param="best_of", code="unsupported_parameter"
-        )
     try:
-        return CompletionJob(fields, engine)
+        return CompletionJob(fields, engine, caller)
     except RequestError as error:
         raise from_request_error(error) from None
 
@@ -100,14 +104,17 @@ def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None])
 class CompletionJob:
     """A valid request: what to ask of the engine, and how to say what it answers."""
 
-    def __init__(self, fields: CompletionRequest, engine: EngineLike) -> None:
+    def __init__(self, fields: CompletionRequest, engine: EngineLike, caller: Caller) -> None:
         self.fields = fields
         self.tokenizer = engine.tokenizer
+        now = time.monotonic()
+        place = fields.place(caller, now)
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": fields.model,
+            "service_tier": service_tier(place["tier"]),
         }
         prompts = split_prompts(fields.prompt)
         params = fields.sampling(
@@ -115,11 +122,15 @@ class CompletionJob:
             max_tokens=DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
             logprobs=fields.logprobs,
             prompt_logprobs=self._prompt_logprobs(),
+            best_of=fields.best_of,
         )
-        if len(prompts) * fields.n > MAX_SEQUENCES:
+        check_best_of(params)
+        if len(prompts) * params.sequences > MAX_SEQUENCES:
+            name = "n" if params.sequences == params.n else "best_of"
             raise RequestError(
-                f"{len(prompts)} prompts times n={fields.n} are more than {MAX_SEQUENCES} sequences",
-                param="n",
+                f"{len(prompts)} prompts times {name}={params.sequences}"
+                f" are more than {MAX_SEQUENCES} sequences",
+                param=name,
             )
         self.requests: list[Request] = []
         for number, prompt in enumerate(prompts):
@@ -127,9 +138,9 @@ class CompletionJob:
             if isinstance(ids, str):
                 ids = encode_text(self.tokenizer, ids, add_special_tokens=fields.add_special_tokens)
             request_id = f"{self.head['id']}-{number}"
-            self.requests.append(check_request(request_id, ids, params, engine.limits, time.monotonic()))
+            self.requests.append(check_request(request_id, ids, params, engine.limits, now, **place))
+        self.usage = results.Usage(self.requests)
         self._echo = [self._echoed(prompt) for prompt in prompts] if fields.echo else None
-        self._completion_tokens = 0
         self._begun: set[int] = set()  # choices whose echo was streamed
         self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
         self._prompt_entries: dict[int, Sequence[TokenLogprob | None]] = {}
@@ -153,12 +164,12 @@ class CompletionJob:
             return ""
         return self.tokenizer.decode(prompt, skip_special_tokens=self.fields.skip_special_tokens)
 
-    def answer(self, choices: Sequence[Sequence[results.Choice]]) -> dict[str, Any]:
+    def answer(self, answers: Sequence[results.Answer]) -> dict[str, Any]:
         """The whole reply at once."""
         body = []
-        for prompt, sequences in enumerate(choices):
-            entries = sequences[0].prompt_logprobs or ()
-            for index, choice in enumerate(sequences):
+        for prompt, answer in enumerate(answers):
+            entries = answer.prompt_logprobs
+            for index, choice in enumerate(answer.choices):
                 number = prompt * self.fields.n + index
                 echo = self._echo[prompt] if self._echo is not None else ""
                 item = {
@@ -172,8 +183,7 @@ class CompletionJob:
                         self.tokenizer, entries, self.fields.prompt_logprobs
                     )
                 body.append(item)
-        tokens = sum(choice.tokens for sequences in choices for choice in sequences)
-        return {**self.head, "choices": body, "usage": results.usage(self.requests, tokens)}
+        return {**self.head, "choices": body, "usage": self.usage.body()}
 
     def chunks(self, prompt: int, output: Output) -> Iterable[dict[str, Any]]:
         """The chunks that an increment makes. With echo and logprobs, a prompt's sequences wait for the
@@ -189,7 +199,7 @@ class CompletionJob:
 
     def _chunk(self, prompt: int, output: Output) -> dict[str, Any]:
         number = prompt * self.fields.n + output.index
-        self._completion_tokens += len(output.token_ids)
+        self.usage.add(prompt, output)
         text = output.text
         entries: Sequence[TokenLogprob | None] = ()
         if self._echo is not None and number not in self._begun:
@@ -213,11 +223,7 @@ class CompletionJob:
 
     def closing(self) -> Iterable[dict[str, Any]]:
         if self.fields.include_usage:
-            yield {
-                **self.head,
-                "choices": [],
-                "usage": results.usage(self.requests, self._completion_tokens),
-            }
+            yield {**self.head, "choices": [], "usage": self.usage.body()}
 
     def _logprobs(
         self, number: int, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob]

@@ -6,16 +6,20 @@ nothing of prompts and messages.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import pydantic
 
-from jaxserve.scheduler.types import RequestError, SamplingParams
+from jaxserve.prompts import tier_of
+from jaxserve.scheduler.types import RequestError, SamplingParams, Tier
 from jaxserve.server.errors import bad_request
 
-MAX_SEQUENCES = 2048  # prompts times n, of one HTTP request
+MAX_SEQUENCES = 2048  # prompts times n (or best_of), of one HTTP request
+MAX_CACHE_SALT = 256  # bytes
 
 INERT = frozenset({"user", "metadata", "store", "safety_identifier"})
 
@@ -27,14 +31,12 @@ def _only(*values: Any) -> Callable[[Any], bool]:
 # known to OpenAI or vLLM, not supported here yet -> whether a value asks for what happens anyway
 UNSUPPORTED: Mapping[str, Callable[[Any], bool]] = {
     "response_format": _only({"type": "text"}),
-    "service_tier": _only("auto", "default"),
-    "priority": _only(0),
     "modalities": _only(["text"]),
     **dict.fromkeys(
         (
             *("audio", "function_call", "functions", "parallel_tool_calls", "prediction", "suffix"),
-            *("prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity", "timeout"),
-            *("tool_choice", "tools", "web_search_options", "cache_salt", "request_id"),
+            *("prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity"),
+            *("tool_choice", "tools", "web_search_options", "request_id"),
             *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
             *("bad_words", "use_beam_search", "length_penalty", "include_stop_str_in_output"),
             *("truncate_prompt_tokens", "spaces_between_special_tokens", "return_token_ids"),
@@ -49,6 +51,27 @@ UNSUPPORTED: Mapping[str, Callable[[Any], bool]] = {
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """What the server knows of a request before it reads it.
+
+    tenant: a digest of the API key that opened the server, empty if it is open to all.
+    service_tier: for requests that name none.
+    """
+
+    tenant: bytes = b""
+    service_tier: str = "default"
+
+
+class Place(TypedDict):
+    """Where a request stands in the queue and in the caches, as `check_request` takes it."""
+
+    tier: Tier
+    priority: int
+    deadline: float | None
+    salt: bytes
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -93,6 +116,11 @@ class SamplingFields(pydantic.BaseModel):
     allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
 
+    service_tier: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    timeout: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -104,6 +132,24 @@ class SamplingFields(pydantic.BaseModel):
         if self.stream and self.prompt_logprobs is not None:
             raise bad_request("prompt_logprobs is not available with stream: true", param="prompt_logprobs")
 
+    def place(self, caller: Caller, now: float) -> Place:
+        """`now`: when the request came, by `time.monotonic()`. Raises RequestError naming the field."""
+        return Place(
+            tier=tier_of(self.service_tier or caller.service_tier),
+            priority=self.priority,
+            deadline=None if self.timeout is None else now + self.timeout,
+            salt=self._salt(caller.tenant),
+        )
+
+    def _salt(self, tenant: bytes) -> bytes:
+        """Of two keys or two salts no entry of a cache is shared: each makes another digest."""
+        salt = self.cache_salt.encode()
+        if len(salt) > MAX_CACHE_SALT:
+            raise RequestError(
+                f"cache_salt has {len(salt)} bytes; at most {MAX_CACHE_SALT}", param="cache_salt"
+            )
+        return hashlib.blake2b(salt, key=tenant, digest_size=32).digest() if salt or tenant else b""
+
     def sampling(
         self,
         defaults: Mapping[str, float | int],
@@ -111,6 +157,7 @@ class SamplingFields(pydantic.BaseModel):
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        best_of: int | None = None,
     ) -> SamplingParams:
         """`defaults` are the model's own, for fields that the request leaves out.
 
@@ -127,6 +174,7 @@ class SamplingFields(pydantic.BaseModel):
             top_k=given("top_k"),
             min_p=given("min_p"),
             n=self.n,
+            best_of=best_of,
             seed=self.seed,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -142,6 +190,11 @@ class SamplingFields(pydantic.BaseModel):
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
         )
+
+
+def service_tier(tier: Tier) -> str:
+    """What a reply calls the tier that was used."""
+    return "flex" if tier is Tier.BATCH else "default"
 
 
 def take_known(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,22 +6,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.server.context import context_of
-from jaxserve.server.errors import error_response, json_response
+from jaxserve.server.errors import json_response
 from jaxserve.server.metrics import CONTENT_TYPE
 
 
 async def health(http: Request) -> Response:
-    """200 while the process lives, loading included; 503 when the engine is dead."""
-    holder = context_of(http).holder
-    if not holder.alive:
-        failure = holder.failure()
-        failure.status = 503
-        return error_response(failure)
+    """200 while the process lives, loading included; 503 when the engine is dead, or stuck in a step."""
+    context_of(http).holder.check_health()
     return json_response({"status": "ok"})
 
 
 async def ready(http: Request) -> Response:
-    """200 when the model is loaded and warm; 503 before, while stopping, and when the engine is dead."""
+    """200 when the model is loaded and warm; 503 before, while stopping, and when the engine is not well."""
     context_of(http).holder.ready()
     return json_response({"status": "ready"})
 

@@ -1,4 +1,4 @@
-"""What completions and chat share of an answer: gathered choices, usage, log-probabilities."""
+"""What completions and chat share of an answer: its choices, the best of them, usage, log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxserve.engine.outputs import Output, TokenLogprob
+from jaxserve.engine.outputs import Output, TokenLogprob, mean_logprob
 from jaxserve.prompts import token_text
 from jaxserve.protocols import TokenizerLike
 from jaxserve.scheduler.types import Finish, Request
@@ -23,34 +23,73 @@ class Choice:
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     tokens: int = 0
     finish_reason: Finish | None = None
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cumulative_logprob: float | None = None
 
     def add(self, output: Output) -> None:
         self.text += output.text
         self.logprobs += output.logprobs or ()
         self.tokens += len(output.token_ids)
         self.finish_reason = output.finish_reason or self.finish_reason
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+        self.cumulative_logprob = output.cumulative_logprob
 
 
-async def collect(call: Call, requests: Sequence[Request]) -> list[list[Choice]]:
-    """Every sequence of the call, as [prompt][index]. Aborts the call when cancelled."""
-    choices = [[Choice() for _ in range(request.params.n)] for request in requests]
+@dataclasses.dataclass(slots=True)
+class Answer:
+    """A prompt's answer: its `n` choices, the likeliest first where they are the best of more."""
+
+    choices: list[Choice]
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()
+
+    def keep(self, n: int) -> None:
+        if n < len(self.choices):
+            self.choices.sort(key=lambda one: -mean_logprob(one.cumulative_logprob, one.tokens))
+            del self.choices[n:]
+
+
+async def collect(call: Call, requests: Sequence[Request], usage: Usage) -> list[Answer]:
+    """The answer to each request. Aborts the call when cancelled."""
+    answers = [Answer([Choice() for _ in range(request.params.sequences)]) for request in requests]
     with call:
         async for batch in call.batches():
             for prompt, output in batch:
-                choices[prompt][output.index].add(output)
-    return choices
+                usage.add(prompt, output)
+                answer = answers[prompt]
+                answer.choices[output.index].add(output)
+                answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
+    for answer, request in zip(answers, requests, strict=True):
+        answer.keep(request.params.n)
+    return answers
 
 
-def usage(requests: Sequence[Request], completion_tokens: int) -> dict[str, int]:
-    """OpenAI's usage object; a prompt counts once, whatever its `n`."""
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+class Usage:
+    """What a reply's tokens come to, counted from its increments."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._from_cache = [False] * len(requests)
+
+    def add(self, prompt: int, output: Output) -> None:
+        self._completion_tokens += len(output.token_ids)
+        if output.index == 0:  # its siblings share the pages that it has just computed
+            self._cached_tokens += output.cached_tokens
+            self._from_cache[prompt] = output.from_cache
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's usage object; a prompt counts once, whatever its `n`, and every sequence of a `best_of`.
+
+        `response_cached`, ours, says that nothing of the reply was computed.
+        """
+        body: dict[str, Any] = {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
+        if all(self._from_cache):
+            body["response_cached"] = True
+        return body
 
 
 def finite(logprob: float) -> float:
