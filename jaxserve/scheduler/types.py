@@ -382,8 +382,8 @@ class Status(enum.StrEnum):
 class Sequence:
     """One of a request's `n` continuations, as the scheduler tracks it.
 
-    `computed` and `sampled` count what was *dispatched*; `output` holds what was *read back*.
-    The difference is in flight.
+    `computed` and `sampled` count what was *dispatched* in the slot that it holds; `output` holds what was
+    *read back*. The difference is in flight, and lost with the slot at a preemption.
     """
 
     request: Request
@@ -392,15 +392,35 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
-    computed: int = 0  # prompt tokens whose keys and values were dispatched
-    sampled: int = 0  # tokens whose sampling was dispatched
+    computed: int = 0  # tokens whose keys and values were dispatched by prefill, or came from the cache
+    sampled: int = 0  # tokens whose sampling was dispatched, or that go through prefill
     output: list[int] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
     cached: int = 0  # prompt tokens that came from the prefix cache when it was first admitted
+    # the scheduler's own
+    rank: tuple[bool, float, int] = (False, 0.0, 0)  # whose turn it is: the least first
+    admitted: int = 0  # the admission's number
+    begun: bool = False  # its first chunk was planned once
+    resumed: int = 0  # tokens of the output that go through prefill, after a preemption
+    matched: int = -1  # pages that came from the prefix cache; -1 before its first chunk in this slot
+    scored: int = 0  # prompt positions whose logprobs were read back
+    digests: list[bytes] | None = None  # of its whole pages
+    known: int = 0  # its first pages, as many as the prefix cache was told of
 
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def prefill_len(self) -> int:
+        """Tokens that prefill computes: the prompt, and after a preemption the output, unless replayed."""
+        return self.prompt_len + self.resumed
+
+    def tokens(self, start: int, end: int) -> NDArray[np.int32]:
+        """i32[end - start], a copy: of the prompt followed by the output."""
+        prompt = self.request.prompt_token_ids
+        output = self.output[max(start - len(prompt), 0) : max(end - len(prompt), 0)]
+        return np.concatenate([prompt[start:end], np.asarray(output, np.int32)])
 
     @property
     def max_new_tokens(self) -> int:
