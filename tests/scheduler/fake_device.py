@@ -1,10 +1,10 @@
 """A device that keeps score, and a model that can be computed by hand.
 
-`Device` is a model of the hardware, not of the scheduler: it runs plans in the order they come and keeps the KV
-pool as a dictionary from place to what was written there. Before a row draws, *everything it reads back through
-its page table* is compared with what its own tokens should have left there: a page given to two sequences, a
-position skipped, a wrong prefix, a page read before it was written, a stale table, each is an error on the spot.
-`alone()` says what a sequence should get with nobody else there.
+`Device` is a model of the hardware, not of the scheduler: it runs plans in the order they come and keeps the
+KV pool as a dictionary from place to what was written there. After each chunk and each step, *everything that
+a row reads through its page table* is compared with what its own tokens should have left there: a page given
+to two sequences, a position skipped, a wrong prefix, a page read before it was written or a stale table is
+an error on the spot. `alone()` says what a sequence should get with nobody else there.
 """
 
 from __future__ import annotations
@@ -72,8 +72,11 @@ class Row:
 
 
 class Device:
-    """Runs plans. `promised` maps a seed to its sequence's prompt and namespace: a row that starts behind a
-    cached prefix never sees the tokens of it. `remembered` maps a seed to its output read back so far."""
+    """Runs plans.
+
+    prompts: seed -> its sequence's prompt and who may read it: a row that starts behind a cached prefix never
+        sees the tokens of that. outputs: seed -> what was read back, kept up to date by the caller.
+    """
 
     def __init__(self, page_size: int, *, replay: bool = False) -> None:
         self.page_size = page_size
