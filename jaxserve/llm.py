@@ -7,6 +7,8 @@ no interpreter time from the engine's.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -17,8 +19,8 @@ from typing import Any, Self
 
 from jaxserve._leaves import check_leaves
 from jaxserve.config import EngineOptions
-from jaxserve.engine.outputs import Output, TokenLogprob
-from jaxserve.prompts import encode_chat, encode_text
+from jaxserve.engine.outputs import EngineBusy, Output, TokenLogprob, mean_logprob
+from jaxserve.prompts import check_best_of, encode_chat, encode_text, tier_of
 from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.types import Finish, Request, RequestError, SamplingParams, check_request
 
@@ -39,6 +41,7 @@ class CompletionOutput:
     logprobs: one per token if asked for: the token itself and the likeliest alternatives.
     finish_reason: stop, length or abort.
     stop_reason: the stop string or stop token that ended it, None for the model's own end token.
+    cumulative_logprob: of all its tokens, where it is the best of more than were asked for.
     """
 
     index: int
@@ -47,11 +50,12 @@ class CompletionOutput:
     logprobs: list[Logprobs] | None = None
     finish_reason: Finish | None = None
     stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclasses.dataclass(slots=True)
 class RequestOutput:
-    """A prompt and its continuations, `n` of them.
+    """A prompt and its continuations, `n` of them; with `best_of` the likeliest per token, best first.
 
     prompt: the text, if it was given as one.
     prompt_logprobs: if asked for; None for the first token, then the token itself and the likeliest ones.
@@ -97,11 +101,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        service_tier: str = "default",
+        priority: int = 0,
     ) -> list[RequestOutput]:
         """Continues each prompt; results in the prompts' order.
 
         prompts: a text, token ids, or a list of either. params: for all prompts, or one for each; None takes
-        the model's own defaults.
+        the model's own defaults. service_tier: `flex` lets what other threads ask for go before, and take
+        back slots and pages. priority: within a tier, lower runs first.
         Raises RequestError, before anything runs, for a prompt or parameter that cannot be served, and
         RuntimeError where the engine fails.
         """
@@ -114,18 +122,21 @@ class LLM:
         ):
             text = prompt if isinstance(prompt, str) else None
             ids = encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
-            pending.append(self._request(text, ids, chosen))
+            pending.append(self._request(text, ids, chosen, service_tier, priority))
         return self._run(pending)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        service_tier: str = "default",
+        priority: int = 0,
     ) -> list[RequestOutput]:
         """The assistant's next message in a conversation, or in each of a list of conversations.
 
         messages: dicts with `role` and `content`. params: as in `generate`; the default is what is left of
-        the context. Raises as `generate` does, also where the model has no chat template.
+        the context. The rest is as in `generate`. Raises as it does, also where there is no chat template.
         """
         conversations: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
@@ -133,7 +144,8 @@ class LLM:
         default = SamplingParams(max_tokens=None, **self.engine.limits.sampling_defaults)
         pending = []
         for turns, chosen in zip(conversations, _each(params, default, len(conversations)), strict=True):
-            pending.append(self._request(None, encode_chat(self.tokenizer, turns), chosen))
+            ids = encode_chat(self.tokenizer, turns)
+            pending.append(self._request(None, ids, chosen, service_tier, priority))
         return self._run(pending)
 
     def stats(self) -> dict[str, Any]:
@@ -150,43 +162,68 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _request(self, text: str | None, ids: Sequence[int], params: SamplingParams) -> _Pending:
-        request_id = f"llm-{next(self._numbers)}"
-        return _Pending(text, check_request(request_id, ids, params, self.engine.limits, time.monotonic()))
+    def _request(
+        self, text: str | None, ids: Sequence[int], params: SamplingParams, service_tier: str, priority: int
+    ) -> _Pending:
+        check_best_of(params)
+        request = check_request(
+            f"llm-{next(self._numbers)}",
+            ids,
+            params,
+            self.engine.limits,
+            time.monotonic(),
+            tier=tier_of(service_tier),
+            priority=priority,
+        )
+        return _Pending(text, request)
 
     def _run(self, pending: Sequence[_Pending]) -> list[RequestOutput]:
-        """Submits all, sleeps until all have ended, and aborts what is left if interrupted."""
+        """Submits all, sleeps until all have ended, and aborts what is left if interrupted.
+
+        What the engine's queue does not hold is submitted when something ended and there is room again.
+        """
         waiting = _Countdown(sum(len(one.result.outputs) for one in pending))
+        unsent = collections.deque(pending)
         try:
-            for one in pending:
-                self.engine.submit(one.request, one.sink(waiting))
-            while not waiting.done.wait(WATCH_SECONDS):
-                if not self.engine.healthy:
+            while waiting.left:
+                before = waiting.left
+                with contextlib.suppress(EngineBusy):
+                    while unsent:
+                        self.engine.submit(unsent[0].request, unsent[0].sink(waiting))
+                        unsent.popleft()
+                waiting.wait_below(before if unsent else 1)
+                if waiting.error is not None:
+                    raise RuntimeError(waiting.error)
+                if waiting.left and not self.engine.healthy:
                     raise RuntimeError(f"the engine failed: {self.engine.failure}")
-            if waiting.error is not None:
-                raise RuntimeError(waiting.error)
         finally:
             for one in pending:
                 if any(output.finish_reason is None for output in one.result.outputs):
                     self.engine.abort(one.request.request_id)
-        return [one.result for one in pending]
+        return [one.best() for one in pending]
 
 
 class _Countdown:
-    """How many sequences are still to end. Counted on the engine's thread, waited for on the caller's."""
+    """How many sequences are still to end. Counted on the engine's threads, waited for on the caller's."""
 
     def __init__(self, sequences: int) -> None:
         self.left = sequences
         self.error: str | None = None
-        self.done = threading.Event()
-        if not sequences:
-            self.done.set()
+        self._bound = 0
+        self._changed = threading.Condition()
 
     def ended(self, error: str | None) -> None:
-        self.left -= 1
-        self.error = self.error or error
-        if self.left == 0:
-            self.done.set()
+        with self._changed:
+            self.left -= 1
+            self.error = self.error or error
+            if self.left < self._bound or error is not None:
+                self._changed.notify()
+
+    def wait_below(self, bound: int) -> None:
+        """Sleeps until less than `bound` are left, or one has failed; WATCH_SECONDS at most."""
+        with self._changed:
+            self._bound = bound
+            self._changed.wait_for(lambda: self.left < bound or self.error is not None, WATCH_SECONDS)
 
 
 class _Pending:
@@ -197,7 +234,7 @@ class _Pending:
         self.result = RequestOutput(
             prompt=text,
             prompt_token_ids=request.prompt_token_ids.tolist(),
-            outputs=[CompletionOutput(index) for index in range(request.params.n)],
+            outputs=[CompletionOutput(index) for index in range(request.params.sequences)],
         )
         self._texts: list[list[str]] = [[] for _ in self.result.outputs]
 
@@ -208,6 +245,16 @@ class _Pending:
                 waiting.ended(output.error)
 
         return put
+
+    def best(self) -> RequestOutput:
+        """The result, once every sequence has ended: of more than `n` the likeliest, numbered anew."""
+        outputs, n = self.result.outputs, self.request.params.n
+        if n < len(outputs):
+            outputs.sort(key=lambda one: -mean_logprob(one.cumulative_logprob, len(one.token_ids)))
+            del outputs[n:]
+            for index, output in enumerate(outputs):
+                output.index = index
+        return self.result
 
     def _add(self, output: Output) -> None:
         target = self.result.outputs[output.index]
@@ -223,6 +270,7 @@ class _Pending:
         if output.finish_reason is not None:
             target.text = "".join(self._texts[output.index])
             target.stop_reason = output.stop_reason
+            target.cumulative_logprob = output.cumulative_logprob
             target.finish_reason = output.finish_reason
 
 
