@@ -120,6 +120,8 @@ class Device:
             before = (prompt + self.outputs[row.seed])[: row.start]  # it came from the cache
             assert row.start % self.page_size == 0 and len(before) == row.start
             generated = [] if row.generated is None else row.generated.tolist()
+            counted = penalised(row.params) and not self.replay
+            assert generated == (self.outputs[row.seed] if counted else [])
             self.rows[row.slot] = Row(row, before, generated)
             assert (row.prompt is not None) == (row.params.repetition_penalty != 1.0)
             assert row.prompt is None or row.prompt.tolist() == prompt

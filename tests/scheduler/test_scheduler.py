@@ -2,58 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from jaxserve.scheduler.scheduler import NO_TOKEN, Event, Scheduler
-from jaxserve.scheduler.types import (
-    Finish,
-    Limits,
-    Request,
-    SamplingParams,
-    Status,
-    StepPlan,
-    check_request,
-)
-
-STOP = 9
-
-
-def scheduler(**sizes: int) -> Scheduler:
-    defaults = {
-        "max_slots": 4,
-        "num_pages": 16,
-        "page_size": 4,
-        "pages_per_slot": 8,
-        "prefill_chunk": 8,
-        "max_prefill_rows": 4,
-    }
-    return Scheduler(**(defaults | sizes))
-
-
-def request(name: str, length: int, max_tokens: int = 4, **params: Any) -> Request:
-    limits = Limits(vocab_size=100, max_model_len=32, pool_tokens=64, eos_token_ids=(STOP,))
-    sampling = SamplingParams(max_tokens=max_tokens, **params)
-    return check_request(name, list(range(10, 10 + length)), sampling, limits, 0.0)
-
-
-def commit(it: Scheduler, plan: StepPlan, token: int = 50) -> list[Event]:
-    """Commits the plan with the same token in every row."""
-    rows = 0 if plan.decode is None else len(plan.decode.slots)
-    events = it.commit(plan, np.full(len(plan.prefill), token, np.int32), np.full(rows, token, np.int32))
-    it.check_invariants()
-    return events
-
-
-def prefilled(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
-    return [(row.slot, row.start, len(row.tokens), row.last) for row in plan.prefill]
-
-
-def decoded(plan: StepPlan) -> list[tuple[int, int]]:
-    rows = plan.decode
-    return [] if rows is None else list(zip(rows.slots.tolist(), rows.positions.tolist(), strict=True))
+from jaxserve.scheduler.scheduler import NO_TOKEN
+from jaxserve.scheduler.types import Finish, Status
+from tests.scheduler.by_hand import STOP, commit, decoded, prefilled, request, scheduler
 
 
 def test_a_request_from_end_to_end() -> None:
