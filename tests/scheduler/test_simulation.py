@@ -28,8 +28,8 @@ COUNTERS = ("prefix_queries_tokens", "prefix_hit_tokens", "preemptions", "evicti
 class Trace:
     """One run: an engine's loop whose clients come, leave, stop and run out of time at random."""
 
-    def __init__(self, seed: int) -> None:
-        rng = self.rng = random.Random(seed)
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
         self.page_size = rng.choice([1, 2, 3, 4, 8])
         context = rng.randint(4, 40)
         least = -(-context // self.page_size)
@@ -89,19 +89,23 @@ class Trace:
             if self.rng.random() < self.p_resize:
                 self.scheduler.prefill_chunk = self.rng.randint(1, 24)
             self.expire()
-            preempted = self.stats["preemptions"]
-            plan = self.scheduler.plan(self.now)
-            self.check()
-            if not plan.empty:
-                self.check_plan(plan, preempted != self.stats["preemptions"])
-                self.in_flight.append((plan, pickle.dumps(plan), self.device.run(plan)))
-            else:
-                assert self.in_flight or not self.scheduler.has_work, "nothing goes on"
-            if self.in_flight and (plan.empty or len(self.in_flight) > self.lag):
-                self.read_back()
+            self.turn()
             if not self.to_come and not self.scheduler.has_work:
                 break
         self.check_end()
+
+    def turn(self) -> None:
+        """One turn of an engine's loop."""
+        preempted = self.stats["preemptions"]
+        plan = self.scheduler.plan(self.now)
+        self.check()
+        if not plan.empty:
+            self.check_plan(plan, preempted != self.stats["preemptions"])
+            self.in_flight.append((plan, pickle.dumps(plan), self.device.run(plan)))
+        else:
+            assert self.in_flight or not self.scheduler.has_work, "nothing goes on"
+        if self.in_flight and (plan.empty or len(self.in_flight) > self.lag):
+            self.read_back()
 
     def check(self) -> None:
         self.scheduler.check_invariants()
@@ -294,7 +298,7 @@ def test_the_fake_models_penalties_matter() -> None:
 def test_random_traces(block: int) -> None:
     for seed in range(block * 200, (block + 1) * 200):
         try:
-            Trace(seed).run()
+            Trace(random.Random(seed)).run()
         except Exception as error:
             error.add_note(f"trace {seed}")
             raise
