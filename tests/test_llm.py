@@ -7,12 +7,14 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineOptions
-from jaxserve.scheduler.types import RequestError
+from jaxserve.response_cache import CachingEngine, ResponseCache
+from jaxserve.scheduler.types import RequestError, Tier
 from tests.server.fakes import FakeEngine
 
 LN2 = math.log(2)
@@ -156,3 +158,81 @@ def test_close_is_idempotent(built: object) -> None:
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate("a")
+
+
+def fake(llm: LLM) -> FakeEngine:
+    assert isinstance(llm.engine, FakeEngine)
+    return llm.engine
+
+
+def test_tier_and_priority(llm: LLM) -> None:
+    turns = [{"role": "user", "content": "a"}]
+    llm.generate("a")
+    llm.generate(["a", "b"], service_tier="flex", priority=-2)
+    llm.chat(turns, SamplingParams(max_tokens=1), service_tier="flex", priority=3)
+    assert [(request.tier, request.priority) for request in fake(llm).requests] == [
+        (Tier.ONLINE, 0),
+        (Tier.BATCH, -2),
+        (Tier.BATCH, -2),
+        (Tier.BATCH, 3),
+    ]
+    with pytest.raises(RequestError, match="service_tier='fast' must be one of auto, default, flex"):
+        llm.generate("a", service_tier="fast")
+    with pytest.raises(RequestError, match="priority=4294967296 must lie in"):
+        llm.generate("a", priority=2**32)
+    assert len(fake(llm).requests) == 4
+
+
+def test_more_prompts_than_the_queue_holds(llm: LLM) -> None:
+    engine = fake(llm)
+    engine._max_queued = 3
+    prompts = [chr(ord("a") + number % 20) for number in range(200)]
+    results = llm.generate(prompts, SamplingParams(max_tokens=1))
+    assert [one.outputs[0].text for one in results] == [chr(ord(prompt) + 1) for prompt in prompts]
+    assert engine.rejected > 0
+    assert len(engine.requests) == 200
+
+
+def test_a_queue_that_others_have_filled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of its own runs that could wake it: it looks again by itself."""
+    monkeypatch.setattr("jaxserve.llm.WATCH_SECONDS", 0.02)
+    fake(llm).busy = 3
+    assert llm.generate("a", SamplingParams(max_tokens=1))[0].outputs[0].text == "b"
+    assert fake(llm).rejected == 3
+
+
+def test_an_engine_that_fails_while_prompts_are_left(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxserve.llm.WATCH_SECONDS", 0.02)
+    fake(llm)._max_queued = 2
+    fake(llm).fail_next = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        llm.generate(["a"] * 20)
+
+
+def test_best_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="best_of other than n is not supported yet"):
+        llm.generate("a", SamplingParams(n=2, best_of=4))
+    monkeypatch.setattr("jaxserve.prompts.BEST_OF", True)
+    fake(llm).likelihoods = (-9.0, -1.0, -6.0, -2.0)
+    params = SamplingParams(n=2, best_of=4, max_tokens=2)
+    [result] = llm.generate("a", params)
+    assert [(one.index, one.text) for one in result.outputs] == [(0, "cd"), (1, "ef")]
+    assert [one.cumulative_logprob for one in result.outputs] == [-1.0, -2.0]
+    fake(llm).likelihoods = ()
+    [result] = llm.generate("a", SamplingParams(n=2, max_tokens=2))
+    assert [one.cumulative_logprob for one in result.outputs] == [None, None]
+
+
+def test_the_response_cache_before_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_engine(*args: object, **options: object) -> CachingEngine:
+        return CachingEngine(FakeEngine(), ResponseCache(tmp_path / "responses.sqlite", 2**20, pytest.fail))
+
+    module = types.ModuleType("jaxserve.build")
+    vars(module)["build_engine"] = build_engine
+    monkeypatch.setitem(sys.modules, "jaxserve.build", module)
+    params = [SamplingParams(temperature=0, max_tokens=3), SamplingParams(max_tokens=3)]
+    for turn in range(2):
+        with LLM(response_cache=1) as llm:
+            results = llm.generate(["a", "b"], params)
+            assert [one.outputs[0].text for one in results] == ["bcd", "cde"]
+            assert llm.stats()["response_cache_hits"] == turn

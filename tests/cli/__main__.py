@@ -31,7 +31,12 @@ def build_engine(model: str | None, options: EngineOptions, *, progress: Callabl
     if how == "hang":
         time.sleep(60)
     tokenizer = FakeTokenizer(has_chat_template=how != "no-template")
-    return FakeEngine(slots=options.max_slots, tokenizer=tokenizer, delay=float(os.environ.get("DELAY", "0")))
+    return FakeEngine(
+        slots=options.max_slots,
+        max_queued=options.max_queued,
+        tokenizer=tokenizer,
+        delay=float(os.environ.get("DELAY", "0")),
+    )
 
 
 def model_name(model: str | None) -> str:

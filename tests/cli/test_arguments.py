@@ -44,6 +44,38 @@ def test_flag_then_environment_then_default() -> None:
     assert serve(JAXSERVE_MAX_SLOTS="").engine.max_slots == 16
 
 
+def test_scheduling_options() -> None:
+    flags = (
+        "--objective latency --reproducible --no-prefix-cache --multi-step 4 --overcommit 1.5 --max-queued 9"
+    )
+    more = "--max-queued-tokens 1000 --step-timeout 2.5 --response-cache 64 --service-tier flex"
+    arguments = serve(*flags.split(), *more.split())
+    assert arguments.engine == EngineOptions(
+        objective="latency",
+        reproducible=True,
+        prefix_cache=False,
+        multi_step=4,
+        overcommit=1.5,
+        max_queued=9,
+        max_queued_tokens=1000,
+        step_timeout=2.5,
+        response_cache=64,
+    )
+    assert arguments.server.service_tier == "flex"
+    environ = {"JAXSERVE_REPRODUCIBLE": "1", "JAXSERVE_PREFIX_CACHE": "0", "JAXSERVE_OBJECTIVE": "latency"}
+    engine = serve(**environ).engine
+    assert (engine.reproducible, engine.prefix_cache, engine.objective) == (True, False, "latency")
+    assert not serve("--no-reproducible", **environ).engine.reproducible
+
+
+def test_the_chunk_follows_the_objective_unless_it_is_given() -> None:
+    assert serve().engine.chunk_tokens == 512
+    assert serve("--objective", "latency").engine.chunk_tokens == 128
+    assert serve("--objective", "latency", "--prefill-chunk", "64").engine.chunk_tokens == 64
+    with pytest.raises(TypeError):
+        EngineOptions(max_slots=None)  # type: ignore[arg-type]
+
+
 def test_stop_may_be_repeated() -> None:
     arguments = parse(GenerateArguments, "jaxserve generate", "", ["--stop", "a", "--stop", "b c"], {})
     assert arguments.sampling.stop == ("a", "b c")
@@ -56,6 +88,19 @@ def test_stop_may_be_repeated() -> None:
         (["--max-slots", "x"], {}, "--max-slots"),
         (["--page-size", "48"], {}, "--page-size=48 must be a power of two"),
         (["--port", "70000"], {}, "--port=70000 must lie in"),
+        (["--prefill-chunk", "8"], {}, "--prefill-chunk=8 must lie in [16, 65536]"),
+        (["--objective", "both"], {}, "--objective"),
+        (["--multi-step", "0"], {}, "--multi-step=0 must lie in [1, 64]"),
+        (["--multi-step", "65"], {}, "--multi-step=65 must lie in"),
+        (["--overcommit", "0.5"], {}, "--overcommit=0.5 must lie in [1.0, 16.0]"),
+        (["--overcommit", "nan"], {}, "--overcommit=nan must lie in"),
+        (["--max-queued", "0"], {}, "--max-queued=0 must lie in [1, 1048576]"),
+        (["--max-queued-tokens", "-1"], {}, "--max-queued-tokens=-1 must lie in"),
+        (["--step-timeout", "0"], {}, "--step-timeout=0.0 must lie in [0.1, 86400.0]"),
+        (["--step-timeout", "inf"], {}, "--step-timeout=inf must lie in"),
+        (["--response-cache", "-1"], {}, "--response-cache=-1 must lie in [0, 1048576]"),
+        (["--service-tier", "scale"], {}, "--service-tier"),
+        ([], {"JAXSERVE_REPRODUCIBLE": "perhaps"}, "JAXSERVE_REPRODUCIBLE='perhaps' must be 1 or 0"),
         (["--dtype", "int3"], {}, "--dtype"),
         (["--nonsense", "1"], {}, "--nonsense"),
         (["a", "b"], {}, "b"),

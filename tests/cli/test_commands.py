@@ -154,6 +154,18 @@ def test_served_model_name() -> None:
         assert httpx.get(f"{address}/v1/models/org/mine").json()["id"] == "org/mine"
 
 
+def test_the_default_tier_and_the_engines_options_reach_the_server() -> None:
+    flags = ("--service-tier=flex", "--reproducible", "--max-queued=1", "--max-slots=1")
+    with running("serve", "--port=0", *flags, DELAY="0.01") as process:
+        address = process.until("listening on").split()[-1]
+        process.until("ready")
+        fields = {"model": "embedded", "prompt": "a", "max_tokens": 1}
+        reply = httpx.post(f"{address}/v1/completions", json=fields).json()
+        assert reply["service_tier"] == "flex"
+        fields |= {"prompt": ["a"] * 9, "max_tokens": 50}
+        assert httpx.post(f"{address}/v1/completions", json=fields, timeout=20).status_code == 429
+
+
 def test_dry_run() -> None:
     done = jaxserve("serve", "m", "--dry-run", "--max-slots", "2")
     assert (done.returncode, done.stdout) == (0, "m: 2 slots\n")

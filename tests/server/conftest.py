@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from jaxserve.response_cache import CachingEngine
 from tests.server.fakes import FakeEngine
 from tests.server.harness import Serve, Served
 
@@ -17,9 +18,13 @@ def serve() -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
 
         def start(
-            engine: FakeEngine | None, *, keys: list[str] | None = None, max_body_bytes: int | None = None
+            engine: FakeEngine | CachingEngine | None,
+            *,
+            keys: list[str] | None = None,
+            max_body_bytes: int | None = None,
+            service_tier: str = "default",
         ) -> Served:
-            served = Served(engine, keys or [], max_body_bytes)
+            served = Served(engine, keys or [], max_body_bytes, service_tier)
             stack.callback(served.close)
             return served
 
@@ -29,6 +34,6 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     """One server for all tests of a module that leave it as it was."""
-    one = Served(FakeEngine(), [], None)
+    one = Served(FakeEngine())
     yield one
     one.close()

@@ -18,11 +18,19 @@ class FakeEngine(fakes.FakeEngine):
 
     requests: all that were taken. busy: refuse this many requests, whatever waits. stuck: as the engine's.
     A prompt that was seen under the same salt is cached up to its last token. Of several sequences to choose
-    from, index i starts i letters later and has i times the log-probability -1 per token.
+    from, index i starts i letters later and has the log-probability likelihoods[i], or -i per token.
     """
 
-    def __init__(self, *, max_queued: int = 1024, retry_after: int = 7, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        max_queued: int = 1024,
+        retry_after: int = 7,
+        likelihoods: tuple[float, ...] = (),
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self.likelihoods = likelihoods
         self.facts: dict[str, Any] = {"fingerprint": "fake"}
         self.stuck: str | None = None
         self.requests: list[Request] = []
@@ -68,7 +76,8 @@ class FakeEngine(fakes.FakeEngine):
             output.cached_tokens = self._cached[request.request_id]
             self._seen[request.salt, request.prompt_token_ids.tobytes()] = True
         if request.params.sequences > request.params.n and output.finish_reason is not None:
-            output.cumulative_logprob = -float(sequence.index * sequence.tokens)
+            per_token = -float(sequence.index * sequence.tokens)
+            output.cumulative_logprob = self.likelihoods[sequence.index] if self.likelihoods else per_token
         return output
 
     def stats(self) -> dict[str, Any]:

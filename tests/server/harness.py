@@ -6,11 +6,12 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import httpx
 import openai
 
+from jaxserve.response_cache import CachingEngine
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.run import Server, bind, url
 from tests.server.fakes import FakeEngine
@@ -21,9 +22,15 @@ MODEL = "alphabet"
 class Served:
     """The server's thread, its engine, and clients for it."""
 
-    def __init__(self, engine: FakeEngine | None, keys: list[str], max_body_bytes: int | None) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine | CachingEngine | None,
+        keys: Sequence[str] = (),
+        max_body_bytes: int | None = None,
+        service_tier: str = "default",
+    ) -> None:
         self.holder = EngineHolder()
-        self.server = Server(self.holder, keys)
+        self.server = Server(self.holder, list(keys), service_tier)
         if max_body_bytes is not None:
             context = self.server._context
             object.__setattr__(context, "max_body_bytes", max_body_bytes)
@@ -39,18 +46,23 @@ class Served:
         )
         self._thread.start()
         until(lambda: self.server.started)
-        self._engine: FakeEngine | None = None
+        self._engine: FakeEngine | CachingEngine | None = None
         if engine is not None:
             self.load(engine)
 
-    def load(self, engine: FakeEngine) -> None:
+    def load(self, engine: FakeEngine | CachingEngine) -> None:
         self._engine = engine
         engine.start()
         self.holder.set_engine(engine, MODEL)
 
     @property
     def engine(self) -> FakeEngine:
-        assert self._engine is not None
+        assert isinstance(self._engine, FakeEngine)
+        return self._engine
+
+    @property
+    def caching(self) -> CachingEngine:
+        assert isinstance(self._engine, CachingEngine)
         return self._engine
 
     def completion(self, **fields: object) -> httpx.Response:
