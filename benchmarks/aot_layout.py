@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxserve import models
-from jaxserve.engine.buckets import prefill_buckets, register_programs
+from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.state import StateShape
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Decoder
@@ -110,7 +110,9 @@ def main() -> None:
     for layout in args.layouts.split(","):
         steps = Steps(decoder, mesh, pages_per_slot)
         params = abstract_params(decoder, mesh, layout)
-        programs = register_programs(steps, params, shape, prefill_buckets(512, args.slots))
+        programs = register_programs(
+            steps, params, shape, prefill_buckets(512, args.slots), decode_buckets(args.slots)
+        )
         key = (args.kind, programs.buckets(args.kind)[-1])
         program = programs._registered[key]
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -25,7 +25,7 @@ from checkpoints import huggingface
 from checkpoints.embedded import MODEL_DIR
 from jaxserve import models
 from jaxserve.config import EngineOptions
-from jaxserve.engine.buckets import prefill_buckets, register_programs
+from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.programs import Programs
 from jaxserve.engine.state import StateShape, abstract_state, new_state, page_bytes
@@ -141,7 +141,12 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     params = abstract_params(decoder, mesh, layout)
     pages_per_slot = -(-loaded.max_model_len // options.page_size)
     steps = Steps(decoder, mesh, pages_per_slot)
-    prefill_rows = prefill_buckets(options.prefill_chunk, options.max_slots)
+    prefill_rows = prefill_buckets(options.chunk_tokens, options.max_slots)
+    decode_rows = decode_buckets(options.max_slots)
+    if options.reproducible:  # one program of each kind: a row's bits may depend on the bucket
+        prefill_rows = dict([max(prefill_rows.items())])
+        decode_rows = decode_rows[-1:]
+    max_steps = multi_step(options)
     each = page_bytes(loaded.config, options.page_size, loaded.dtype) // shape.tensor
     progress(
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
@@ -150,7 +155,7 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
-        return state, register_programs(steps, params, state, prefill_rows)
+        return state, register_programs(steps, params, state, prefill_rows, decode_rows, max_steps)
 
     # Enough for every slot at full length; beyond that a page could never be used.
     useful = options.max_slots * pages_per_slot
@@ -259,9 +264,17 @@ def build_engine(
             pages_per_slot=shape.pages_per_slot,
             prefill_chunk=max(plan.prefill_rows),
             max_prefill_rows=max(plan.prefill_rows.values()),
+            prefix_cache=options.prefix_cache,
+            cache_generated=not options.reproducible,
+            replay=options.reproducible,
+            multi_step=multi_step(options),
+            overcommit=options.overcommit,
         ),
         prefill_rows=plan.prefill_rows,
         seed=options.seed,
+        max_queued=options.max_queued,
+        max_queued_tokens=options.max_queued_tokens or 64 * shape.num_pages * shape.page_size,
+        step_timeout=options.step_timeout,
         facts={
             "model": plan.loaded.name,
             "dtype": str(plan.loaded.dtype),
@@ -278,6 +291,13 @@ def build_engine(
     engine.facts["startup_seconds"] = seconds
     progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {seconds:.1f} s in all")
     return engine
+
+
+def multi_step(options: EngineOptions) -> int:
+    """Tokens per dispatch at most: a device that is quick at a step must not wait for the host each time."""
+    if options.multi_step is not None:
+        return options.multi_step
+    return 4 if options.objective == "throughput" else 1
 
 
 def sampling_defaults(folder: Path) -> dict[str, float | int]:

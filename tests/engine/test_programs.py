@@ -14,6 +14,7 @@ import pytest
 
 from jaxserve import build
 from jaxserve.config import EngineOptions
+from jaxserve.engine import batch
 from jaxserve.engine.buckets import (
     MAX_PREFILL_ROWS,
     decode_buckets,
@@ -23,6 +24,7 @@ from jaxserve.engine.buckets import (
 from jaxserve.engine.programs import Program, Programs, bucket_for
 from jaxserve.engine.step import LOGPROB_CHUNK
 from jaxserve.models.decoder import Layout
+from jaxserve.scheduler.types import DecodeRows
 from jaxserve.weights import abstract_params, dummy_params
 from pallas_kernels.prefill_attention.reference import QUERY_BLOCK
 
@@ -37,6 +39,7 @@ CONFIG = {
     "vocab_size": 320,
     "max_position_embeddings": 256,
 }
+MAX_STEPS = 4
 OPTIONS = EngineOptions(
     load_format="dummy", dtype="float32", max_slots=4, kv_pages=300, page_size=16, prefill_chunk=64
 )
@@ -172,7 +175,12 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         plan.programs.compile(step_keys(plan.programs))
         return Compiled(plan, plan.programs)
     programs = register_programs(
-        plan.steps, abstract_params(plan.model, plan.mesh, layout), plan.shape, plan.prefill_rows
+        plan.steps,
+        abstract_params(plan.model, plan.mesh, layout),
+        plan.shape,
+        plan.prefill_rows,
+        decode_buckets(plan.shape.max_slots),
+        MAX_STEPS,
     )
     programs.compile(step_keys(programs))
     return Compiled(plan, programs)
@@ -227,8 +235,13 @@ def test_the_pool_of_a_step_is_given_away(compiled: Compiled) -> None:
         layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(3)]
         params = {"ends": params["ends"], "layers": tuple(layers)}
     place = state.pool.unsafe_buffer_pointer()
-    rows = np.full((4, 2 + plan.shape.pages_per_slot), -1, np.int32)
-    rows[0, :3] = (0, 0, 7)
+    one = DecodeRows(
+        slots=np.array([0], np.int32),
+        positions=np.array([0], np.int32),
+        tables=np.full((1, plan.shape.pages_per_slot), -1, np.int32),
+    )
+    one.tables[0, 0] = 7
+    rows = batch.pack_decode(one, bucket=4)
     new, _ = compiled.programs[compiled.key("decode")](params, state, rows)
     assert state.pool.is_deleted() and state.counts.is_deleted()
     assert new.pool.unsafe_buffer_pointer() == place
