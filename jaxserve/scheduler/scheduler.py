@@ -524,9 +524,7 @@ class Scheduler:
         if digests is None:
             return 0
         most = min((sequence.prefill_len - 1) // self.page_size, len(digests))
-        if _scores_prompt(sequence):
-            most = min(most, sequence.scored // self.page_size)
-        return most
+        return 0 if _wants_scores(sequence) else most
 
     def _match(self, sequence: Sequence) -> list[int]:
         most = self._matchable(sequence)
@@ -645,14 +643,12 @@ class Scheduler:
         )
 
     def _targets(self, sequence: Sequence, start: int, end: int) -> NDArray[np.int32] | None:
-        """i32[end - start], what follows each prompt token; -1 where its logprobs were read back before."""
-        prompt = sequence.request.prompt_token_ids
-        if not _scores_prompt(sequence) or sequence.scored >= min(end, len(prompt)):
+        """i32[end - start], what follows each prompt token, if its logprobs are wanted."""
+        if not _wants_scores(sequence):
             return None
         targets = np.full(end - start, NO_TOKEN, np.int32)
-        following = prompt[start + 1 : end + 1]
+        following = sequence.request.prompt_token_ids[start + 1 : end + 1]
         targets[: len(following)] = following
-        targets[: max(sequence.scored - start, 0)] = NO_TOKEN
         return targets
 
     def _start_decoding(self, sequence: Sequence) -> None:
@@ -754,10 +750,9 @@ class Scheduler:
 
     def _commit_prefill(self, i: int, row: PrefillRow, token: int) -> Event:
         sequence: Sequence = self._slots.sequences[row.slot]
-        if row.targets is not None:
-            sequence.scored = max(sequence.scored, min(row.start + len(row.tokens), row.prompt_len))
         if not row.last:
             return sequence, NO_TOKEN, i, None
+        sequence.scored = sequence.scored or row.targets is not None
         finish: Finish | None = None
         if not sequence.max_new_tokens:
             token, finish = NO_TOKEN, Finish.LENGTH
@@ -878,9 +873,11 @@ class Scheduler:
         require(sequence.sampled <= sequence.max_new_tokens, "more tokens sampled than asked for")
 
 
-def _scores_prompt(sequence: Sequence) -> bool:
-    """Whether its prompt's logprobs are wanted; its siblings' would be the same."""
-    return sequence.request.params.prompt_logprobs is not None and sequence.index == 0
+def _wants_scores(sequence: Sequence) -> bool:
+    """Whether its prompt's logprobs are wanted, which its siblings' would be the same as. If it is preempted
+    before it has them all, it computes them all again."""
+    wanted = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
+    return wanted and not sequence.scored
 
 
 def _counts_generated(params: SamplingParams) -> bool:

@@ -403,7 +403,7 @@ class Sequence:
     begun: bool = False  # its first chunk was planned once
     resumed: int = 0  # tokens of the output that go through prefill, after a preemption
     matched: int = -1  # pages that came from the prefix cache; -1 before its first chunk in this slot
-    scored: int = 0  # prompt positions whose logprobs were read back
+    scored: bool = False  # all of its prompt's logprobs were read back
     digests: list[bytes] | None = None  # of its whole pages
     known: int = 0  # its first pages, as many as the prefix cache was told of
 

@@ -220,17 +220,20 @@ def test_deadlines_in_every_state(steps: int) -> None:
     assert it.expire(100.0) == []  # b had ended
 
 
-def test_prompt_logprobs_are_reported_once_whatever_happens() -> None:
-    it = scheduler(max_slots=1, prefill_chunk=4)
-    it.add(request("a", 10, 2, tier=Tier.BATCH, prompt_logprobs=0), [0])
-    commit(it, it.plan())  # four tokens are read back
-    it.plan()  # four more are in flight, and lost
+def test_prompt_logprobs_that_are_not_complete_begin_anew() -> None:
+    it = scheduler(max_slots=1, prefill_chunk=8)
+    it.add(request("a", 10, 3, tier=Tier.BATCH, prompt_logprobs=0), [0])
+    commit(it, it.plan())  # eight tokens are read back
     it.add(request("b", 3, 1, first_token=50), [0])
-    it._in_flight.pop()  # the engine reads them back; nothing comes of it
     commit(it, it.plan())
     plan = it.plan()
-    assert prefilled(plan) == [(0, 4, 4, False)]  # the first page is known, and is not wanted any more
-    assert plan.prefill[0].targets is not None and plan.prefill[0].targets.tolist() == [15, 16, 17, 18]
+    assert prefilled(plan) == [(0, 0, 8, False)] and plan.prefill[0].targets is not None
+    commit(it, plan)
+    commit(it, it.plan())  # now they are complete, and there is output
+    it.add(request("c", 3, 1, first_token=50), [0])
+    commit(it, it.plan())
+    plan = it.plan()
+    assert prefilled(plan) == [(0, 8, 4, True)] and plan.prefill[0].targets is None
 
 
 # -- several steps in one plan

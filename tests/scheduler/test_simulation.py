@@ -206,6 +206,9 @@ class Trace:
             if row < len(plan.prefill) and plan.prefill[row].targets is not None:
                 targets = plan.prefill[row].targets.tolist()
                 assert len(targets) == len(plan.prefill[row].tokens)
+                if plan.prefill[row].first:  # what was read back before a preemption comes again
+                    assert plan.prefill[row].start == 0 and not self.received[sequence]
+                    self.targets[sequence].clear()
                 self.targets[sequence] += [target for target in targets if target >= 0]
             self.take_in(event)
 
