@@ -89,8 +89,12 @@ class PageAllocator:
         taken = self._stack[self._blank - count : self._blank][::-1]
         self._references[taken] = 1
         self._home[taken] = owners
-        if len(self.private):
-            np.add.at(self.private, np.broadcast_to(owners, count), 1)
+        if not len(self.private):
+            pass
+        elif isinstance(owners, int):
+            self.private[owners] += count
+        else:
+            np.add.at(self.private, owners, 1)
         self._blank -= count
         pages: list[int] = taken.tolist()
         return pages
@@ -106,6 +110,8 @@ class PageAllocator:
 
     def share(self, pages: Sequence[int], owner: int = NOBODY) -> None:
         """One more owner for each of these distinct pages, which must be owned or idle."""
+        if not pages:
+            return
         shared = self._distinct(pages)
         before = self._references[shared]
         if not ((before > 0) | self._kept[shared]).all():

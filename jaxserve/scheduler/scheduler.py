@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -27,14 +26,15 @@ from jaxserve.scheduler.admission import Room, WaitingQueue
 from jaxserve.scheduler.heap import RemovableHeap
 from jaxserve.scheduler.pages import PageAllocator, require
 from jaxserve.scheduler.preemption import Rank, lowest, rank_of, victims
-from jaxserve.scheduler.prefix_cache import PrefixCache, extend_digests, root_digest
+from jaxserve.scheduler.prefix_cache import PrefixCache
+from jaxserve.scheduler.rows import prefill_row
+from jaxserve.scheduler.sharing import Sharing
 from jaxserve.scheduler.slots import Slots
 from jaxserve.scheduler.types import (
     DecodeRows,
     Finish,
     PrefillRow,
     Request,
-    SamplingParams,
     Sequence,
     Status,
     StepPlan,
@@ -49,21 +49,6 @@ NO_TOKEN = -1
 #     len(prefill) + step * len(decode.slots) + i.
 # finish: set in the sequence's last event, else None. A plain tuple, because a step makes up to max_slots.
 Event = tuple[Sequence, int, int, Finish | None]
-
-
-@dataclasses.dataclass(slots=True)
-class _Live:
-    """What a request's unfinished sequences have in common.
-
-    root: what the digests of its pages begin with; None: its pages are nobody's to share.
-    private: the root is its own, and nobody can match its pages once it has ended.
-    digests: of the prompt's whole pages, once somebody asked.
-    """
-
-    sequences: list[Sequence]
-    root: bytes | None
-    private: bool
-    digests: list[bytes] | None = None
 
 
 class Scheduler:
@@ -119,11 +104,13 @@ class Scheduler:
         self.max_prefill_rows = max_prefill_rows
         self.multi_step = multi_step
         self.pages = PageAllocator(num_pages, owners=max_slots)
-        self._share_prefixes = prefix_cache
         self._cache_generated = cache_generated
         self._replay = replay
         self._aging_seconds = aging_seconds
         self._cache = PrefixCache(self.pages)
+        self._sharing = Sharing(
+            self._cache, page_size=page_size, prefix_cache=prefix_cache, cache_generated=cache_generated
+        )
         self._slots = Slots(max_slots, pages_per_slot)
         self._room = Room(
             self._slots,
@@ -135,7 +122,7 @@ class Scheduler:
         )
         self._waiting = WaitingQueue(batch_patience)
         self._prefilling: list[tuple[Rank, Sequence]] = []  # prompt not all dispatched, by rank
-        self._live: dict[str, _Live] = {}  # by request id
+        self._live: dict[str, list[Sequence]] = {}  # request id -> its unfinished sequences
         self._deadlines: RemovableHeap[str] = RemovableHeap()  # request ids
         self._added = 0  # sequences that ever came
         self._admitted = 0
@@ -143,8 +130,6 @@ class Scheduler:
         self._now = 0.0
         self._changes = 0  # raised by whatever may turn a refusal into an admission
         self._refused: dict[Tier, tuple[Sequence, int]] = {}  # the first in its queue, and `_changes` then
-        # (page, digest) of the first unknown page that each prefill row of the plan being made computes
-        self._computing: list[tuple[int, bytes]] = []
         self._no_page: list[int] = []  # slots that cannot decode in the plan being made
         # (step, epoch of each prefill row's slot, of each decode row's slot) of the plans not committed yet
         self._in_flight: collections.deque[tuple[int, list[int], NDArray[np.int64] | None]] = (
@@ -240,14 +225,9 @@ class Scheduler:
         promise, most = self.promise(request), min(self.pages.num_pages, self.pages_per_slot)
         if promise > most:  # it would block the queue for ever
             raise ValueError(f"the request needs {promise} pages; a sequence can have {most}")
-        private = not self._share_prefixes
-        root = None
-        if not private:
-            root = root_digest(b"shared" + request.salt)
-        elif len(seeds) > 1:
-            root = root_digest(b"request" + self._added.to_bytes(8))
         sequences = [Sequence(request, index, seed) for index, seed in enumerate(seeds)]
-        self._live[request.request_id] = _Live(list(sequences), root, private)
+        self._live[request.request_id] = list(sequences)
+        self._sharing.enter(request, self._added)
         if request.deadline is not None:
             self._deadlines.push(request.deadline, request.request_id)
         for sequence in sequences:
@@ -275,8 +255,7 @@ class Scheduler:
         return ended
 
     def _end(self, request_id: str, reason: Finish) -> list[Sequence]:
-        live = self._live.get(request_id)
-        sequences = [] if live is None else list(live.sequences)
+        sequences = list(self._live.get(request_id, ()))
         for sequence in sequences:
             self.finish(sequence, reason)
         return sequences
@@ -295,13 +274,12 @@ class Scheduler:
         sequence.status = Status.FINISHED
         sequence.finish = reason
         request_id = sequence.request.request_id
-        live = self._live[request_id]
-        live.sequences.remove(sequence)
-        if not live.sequences:
+        siblings = self._live[request_id]
+        siblings.remove(sequence)
+        if not siblings:
             del self._live[request_id]
             self._deadlines.remove(request_id)
-            for digest in live.digests or () if live.private else ():
-                self._cache.forget(digest)
+            self._sharing.leave(request_id)
 
     def _queue(self, sequence: Sequence, since: float) -> None:
         sequence.status = Status.PREEMPTED if sequence.output else Status.WAITING
@@ -412,10 +390,9 @@ class Scheduler:
 
     def _hoped(self, sequence: Sequence) -> int:
         """Pages that others hold and that a waiting sequence will probably share."""
-        siblings = self._live[sequence.request.request_id].sequences
-        if any(sibling.slot >= 0 for sibling in siblings):
-            return min(self._matchable(sequence), sequence.prompt_len // self.page_size)
-        return int(np.count_nonzero(self.pages.references(self._match(sequence))))
+        if any(sibling.slot >= 0 for sibling in self._live[sequence.request.request_id]):
+            return min(self._sharing.matchable(sequence), sequence.prompt_len // self.page_size)
+        return int(np.count_nonzero(self.pages.references(self._sharing.match(sequence))))
 
     def _starts_now(self, sequence: Sequence) -> bool:
         """Whether the prompts that come first leave something of the chunk, as far as can be told."""
@@ -424,7 +401,7 @@ class Scheduler:
             return False
         tokens = 0
         for other in ahead:
-            done = other.computed if other.matched >= 0 else len(self._match(other)) * self.page_size
+            done = other.computed if other.matched >= 0 else len(self._sharing.match(other)) * self.page_size
             tokens += other.prefill_len - done
         return tokens < self.prefill_chunk
 
@@ -486,60 +463,47 @@ class Scheduler:
             return 1
         return self.multi_step
 
-    # -- the prefix cache
+    # -- prompts
 
-    def _digests(self, sequence: Sequence) -> list[bytes] | None:
-        """Of the whole pages that prefill computes for it; None if it shares nothing.
+    def _plan_prefill(self) -> tuple[PrefillRow, ...]:
+        """One chunk of the prompts, by rank. A sequence whose pages another one computes here lets those
+        behind it go first; one that finds no page keeps what it has and waits."""
+        rows: list[PrefillRow] = []
+        planned: list[Sequence] = []
+        budget = self.prefill_chunk
+        self._no_page = []
+        self._sharing.new_plan()
+        for _, sequence in list(self._prefilling):
+            if not budget or len(rows) == self.max_prefill_rows:
+                break
+            if sequence.slot < 0:  # it gave its pages to one that came before it here
+                continue
+            if sequence.matched < 0:
+                if self._sharing.should_wait(sequence):
+                    continue
+                self._begin(sequence)
+            end = self._find_pages_to_prefill(sequence, budget)
+            if end == sequence.computed:
+                break
+            self._sharing.will_compute(sequence, end)
+            first = sequence.computed == sequence.matched * self.page_size
+            table = self._slots.tables[sequence.slot]
+            row = prefill_row(sequence, end, table, first=first, replay=self._replay)
+            sequence.computed = end
+            rows.append(row)
+            planned.append(sequence)
+            budget -= len(row.tokens)
+            if row.last:
+                del self._prefilling[bisect.bisect_left(self._prefilling, (sequence.rank,))]
+                self._start_decoding(sequence)
+        for sequence in planned:  # for the next plan: who reads them must come after who writes them
+            self._sharing.register(sequence, sequence.computed)
+            self._changes += 1
+        return tuple(rows)
 
-        A prompt's are made once for all of its sequences, and the longer list that one of them may come to
-        need is its own.
-        """
-        live = self._live[sequence.request.request_id]
-        if live.root is None:
-            return None
-        if live.digests is None:
-            live.digests = []
-            extend_digests(live.digests, live.root, sequence.request.prompt_token_ids, self.page_size)
-        if sequence.digests is None:
-            sequence.digests = live.digests
-        self._extend_digests(sequence, sequence.prefill_len)
-        return sequence.digests
-
-    def _extend_digests(self, sequence: Sequence, length: int) -> None:
-        """Makes the digests of the whole pages among its first `length` tokens, generated ones included."""
-        live = self._live[sequence.request.request_id]
-        digests = sequence.digests
-        if digests is None or live.root is None or live.private or not self._cache_generated:
-            return
-        if length // self.page_size > len(digests):
-            if digests is live.digests:
-                digests = sequence.digests = list(digests)
-            tokens = sequence.tokens(len(digests) * self.page_size, length)
-            extend_digests(digests, live.root, tokens, self.page_size)
-
-    def _matchable(self, sequence: Sequence) -> int:
-        """Pages that it may take from the cache: not all, because one token at least must be computed, and
-        none whose prompt logprobs are still wanted, because these come from computing it."""
-        digests = self._digests(sequence)
-        if digests is None:
-            return 0
-        most = min((sequence.prefill_len - 1) // self.page_size, len(digests))
-        return 0 if _wants_scores(sequence) else most
-
-    def _match(self, sequence: Sequence) -> list[int]:
-        most = self._matchable(sequence)
-        return self._cache.match(sequence.digests or (), most)
-
-    def _begin(self, sequence: Sequence) -> bool:
-        """Gives a sequence the pages that the cache has of its prompt, before its first chunk.
-
-        False: another one computes its next page in this very plan, so it should wait for the next.
-        """
-        most, digests = self._matchable(sequence), sequence.digests or ()
-        for page, digest in self._computing:
-            if page < most and digests[page] == digest:
-                return False
-        pages = self._cache.match(digests, most)
+    def _begin(self, sequence: Sequence) -> None:
+        """Gives a sequence the pages that the cache has for it, before its first chunk in this slot."""
+        pages = self._sharing.match(sequence)
         self.pages.share(pages, sequence.slot)
         self._slots.add_pages(sequence, pages)
         self._room.matched(sequence.slot)
@@ -550,47 +514,6 @@ class Scheduler:
         if sequence.digests is not None:
             self._totals["prefix_queries_tokens"] += sequence.prefill_len
             self._totals["prefix_hit_tokens"] += hit
-        return True
-
-    def _register(self, sequence: Sequence, length: int) -> None:
-        """The first `length` tokens of a sequence were computed: their whole pages become known."""
-        self._extend_digests(sequence, length)
-        digests = sequence.digests or ()
-        whole = min(length // self.page_size, len(digests))
-        for page in range(sequence.known, whole):
-            self._cache.add(digests[page], sequence.pages[page])
-        sequence.known = max(sequence.known, whole)
-
-    # -- prompts
-
-    def _plan_prefill(self) -> tuple[PrefillRow, ...]:
-        """One chunk of the prompts, by rank. A sequence whose pages another one computes here lets those
-        behind it go first; one that finds no page keeps what it has and waits."""
-        rows: list[PrefillRow] = []
-        planned: list[Sequence] = []
-        budget = self.prefill_chunk
-        self._computing, self._no_page = [], []
-        for _, sequence in list(self._prefilling):
-            if not budget or len(rows) == self.max_prefill_rows:
-                break
-            if sequence.slot < 0:  # it gave its pages to one that came before it here
-                continue
-            if sequence.matched < 0 and not self._begin(sequence):
-                continue
-            end = self._find_pages_to_prefill(sequence, budget)
-            if end == sequence.computed:
-                break
-            row = self._prefill_row(sequence, end)
-            rows.append(row)
-            planned.append(sequence)
-            budget -= len(row.tokens)
-            if row.last:
-                del self._prefilling[bisect.bisect_left(self._prefilling, (sequence.rank,))]
-                self._start_decoding(sequence)
-        for sequence in planned:  # for the next plan: who reads them must come after who writes them
-            self._register(sequence, sequence.computed)
-            self._changes += 1
-        return tuple(rows)
 
     def _find_pages_to_prefill(self, sequence: Sequence, budget: int) -> int:
         """The end of its next chunk, for which it now has pages: at most `budget` tokens further. Pages are
@@ -607,49 +530,6 @@ class Scheduler:
         if needed:
             self._take_pages(sequence, needed)
         return end
-
-    def _prefill_row(self, sequence: Sequence, end: int) -> PrefillRow:
-        request, params = sequence.request, sequence.request.params
-        start, prompt = sequence.computed, request.prompt_token_ids
-        first = start == sequence.matched * self.page_size
-        last = end == sequence.prefill_len
-        sequence.computed = end
-        digests = sequence.digests or ()
-        for page in range(start // self.page_size, min(-(-end // self.page_size), len(digests))):
-            if digests[page] not in self._cache:
-                self._computing.append((page, digests[page]))
-                break
-        return PrefillRow(
-            slot=sequence.slot,
-            start=start,
-            tokens=sequence.tokens(start, end),
-            table=self._slots.tables[sequence.slot].copy(),
-            first=first,
-            last=last,
-            params=params,
-            stop_token_ids=request.stop_token_ids,
-            seed=sequence.seed,
-            prompt_len=sequence.prompt_len,
-            max_total_tokens=request.max_total_tokens,
-            targets=self._targets(sequence, start, end),
-            # presence and frequency penalties look at generated tokens only
-            prompt=prompt.copy() if first and params.repetition_penalty != 1.0 else None,
-            forced=sequence.output[0] if last and self._replay and sequence.output else NO_TOKEN,
-            generated=(
-                np.asarray(sequence.output, np.int32)
-                if first and sequence.resumed and _counts_generated(params)
-                else None
-            ),
-        )
-
-    def _targets(self, sequence: Sequence, start: int, end: int) -> NDArray[np.int32] | None:
-        """i32[end - start], what follows each prompt token, if its logprobs are wanted."""
-        if not _wants_scores(sequence):
-            return None
-        targets = np.full(end - start, NO_TOKEN, np.int32)
-        following = sequence.request.prompt_token_ids[start + 1 : end + 1]
-        targets[: len(following)] = following
-        return targets
 
     def _start_decoding(self, sequence: Sequence) -> None:
         """The row with the prompt's end draws the first token, if the request wants any at all, and the
@@ -809,7 +689,7 @@ class Scheduler:
             # all but the token just drawn have entered; where they fill a page, it becomes known
             entered = state.length_limit.take(slots) - to_read - 1
             for i in np.flatnonzero(entered % self.page_size == 0).tolist():
-                self._register(sequences[i], int(entered[i]))
+                self._sharing.register(sequences[i], int(entered[i]))
         finishes: list[Finish | None] = [None] * len(sequences)
         for i in np.flatnonzero(stopped | (to_read == 0)).tolist():
             finishes[i] = reason = Finish.STOP if stopped[i] else Finish.LENGTH
@@ -845,7 +725,7 @@ class Scheduler:
         for sequence in waiting:
             status = Status.PREEMPTED if sequence.output else Status.WAITING
             require(sequence.status is status and not sequence.pages, "a waiting sequence has pages")
-        live = {sequence for family in self._live.values() for sequence in family.sequences}
+        live = {sequence for siblings in self._live.values() for sequence in siblings}
         require(live == {*held, *waiting}, "live sequences are not those that wait and run")
         require(len(live) == len(held) + len(waiting), "a sequence waits twice")
         require(all(sequence.finish is None for sequence in live), "a finished sequence is live")
@@ -871,16 +751,3 @@ class Scheduler:
         if not self._replay:
             require(len(sequence.output) <= sequence.sampled, "more tokens read than sampled")
         require(sequence.sampled <= sequence.max_new_tokens, "more tokens sampled than asked for")
-
-
-def _wants_scores(sequence: Sequence) -> bool:
-    """Whether its prompt's logprobs are wanted, which its siblings' would be the same as. If it is preempted
-    before it has them all, it computes them all again."""
-    wanted = sequence.request.params.prompt_logprobs is not None and sequence.index == 0
-    return wanted and not sequence.scored
-
-
-def _counts_generated(params: SamplingParams) -> bool:
-    """Whether a penalty looks at the tokens generated before."""
-    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1.0)
-    return any(penalties)
