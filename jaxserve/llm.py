@@ -20,7 +20,7 @@ from typing import Any, Self
 from jaxserve._leaves import check_leaves
 from jaxserve.config import EngineOptions
 from jaxserve.engine.outputs import EngineBusy, Output, TokenLogprob, mean_logprob
-from jaxserve.prompts import check_best_of, encode_chat, encode_text, tier_of
+from jaxserve.prompts import encode_chat, encode_text, tier_of
 from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.types import Finish, Request, RequestError, SamplingParams, check_request
 
@@ -165,7 +165,6 @@ class LLM:
     def _request(
         self, text: str | None, ids: Sequence[int], params: SamplingParams, service_tier: str, priority: int
     ) -> _Pending:
-        check_best_of(params)
         request = check_request(
             f"llm-{next(self._numbers)}",
             ids,

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxserve.protocols import TokenizerLike
-from jaxserve.scheduler.types import RequestError, SamplingParams, Tier
+from jaxserve.scheduler.types import RequestError, Tier
 
 TIERS = {"auto": Tier.ONLINE, "default": Tier.ONLINE, "flex": Tier.BATCH}
-BEST_OF = False
 
 
 def tier_of(service_tier: str) -> Tier:
@@ -24,13 +23,6 @@ def tier_of(service_tier: str) -> Tier:
             f"service_tier={service_tier!r} must be one of {', '.join(TIERS)}", param="service_tier"
         )
     return TIERS[service_tier]
-
-
-def check_best_of(params: SamplingParams) -> None:
-    if params.sequences > params.n and not BEST_OF:
-        raise RequestError(
-            "best_of other than n is not supported yet", param="best_of", code="unsupported_parameter"
-        )
 
 
 def encode_text(

@@ -209,10 +209,7 @@ def test_an_engine_that_fails_while_prompts_are_left(llm: LLM, monkeypatch: pyte
         llm.generate(["a"] * 20)
 
 
-def test_best_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="best_of other than n is not supported yet"):
-        llm.generate("a", SamplingParams(n=2, best_of=4))
-    monkeypatch.setattr("jaxserve.prompts.BEST_OF", True)
+def test_best_of(llm: LLM) -> None:
     fake(llm).likelihoods = (-9.0, -1.0, -6.0, -2.0)
     params = SamplingParams(n=2, best_of=4, max_tokens=2)
     [result] = llm.generate("a", params)

@@ -15,7 +15,6 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve import prompts
 from jaxserve.response_cache import CachingEngine, ResponseCache
 from jaxserve.scheduler.types import Tier
 from tests.server.fakes import FakeEngine
@@ -324,9 +323,8 @@ def test_an_answer_from_the_response_cache(serve: Serve, tmp_path: Path, endpoin
 # --- the best of several ---
 
 
-def test_best_of(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_of(serve: Serve) -> None:
     """Index 0 is the likeliest, then 1, ...; so "best" are the first, though they may end last."""
-    monkeypatch.setattr(prompts, "BEST_OF", True)
     served = serve(FakeEngine())
     reply = served.openai.completions.create(
         model=MODEL, prompt=["a", "0"], n=2, best_of=4, max_tokens=3, logprobs=0, echo=True
@@ -339,8 +337,7 @@ def test_best_of(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reply.usage.completion_tokens == 2 * 4 * 3  # all were computed, and count
 
 
-def test_the_best_is_found_wherever_it_is(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "BEST_OF", True)
+def test_the_best_is_found_wherever_it_is(serve: Serve) -> None:
     served = serve(FakeEngine(likelihoods=(-9.0, -1.0, -6.0, -2.0)))
     reply = served.completion(best_of=4, n=3, max_tokens=2).json()
     assert [choice["text"] for choice in reply["choices"]] == ["cd", "ef", "de"]
@@ -355,8 +352,7 @@ def test_best_of_n_is_n(served: Served) -> None:
         assert served.completion(best_of=2, n=2, max_tokens=1, stream=stream).status_code == 200
 
 
-def test_too_many_to_choose_from(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "BEST_OF", True)
+def test_too_many_to_choose_from(served: Served) -> None:
     reply = served.completion(prompt=["a"] * 100, best_of=100)
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "best_of"

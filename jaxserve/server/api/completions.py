@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from jaxserve.engine.outputs import Output, TokenLogprob
-from jaxserve.prompts import check_best_of, encode_text, token_text
+from jaxserve.prompts import encode_text, token_text
 from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.types import Request, RequestError, check_request
 from jaxserve.server.api import results
@@ -124,7 +124,6 @@ class CompletionJob:
             prompt_logprobs=self._prompt_logprobs(),
             best_of=fields.best_of,
         )
-        check_best_of(params)
         if len(prompts) * params.sequences > MAX_SEQUENCES:
             name = "n" if params.sequences == params.n else "best_of"
             raise RequestError(
