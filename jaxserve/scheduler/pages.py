@@ -25,7 +25,8 @@ class OutOfPages(RuntimeError):
 class PageAllocator:
     """Hands out pages 0 .. num_pages-1. A page returns to the pool with its last reference.
 
-    owners: owners are numbered 0 .. owners-1 (the scheduler's slots); 0 owners: nobody asks for `private`.
+    owners: owners are numbered 0 .. owners-1 (the scheduler's slots), and each call then names one; 0 owners:
+        nobody asks for `private`.
     private: i32[owners], the pages that would be free if this owner alone let go of its own. A page that two
         owners had and whose first one left counts for nobody until it is free, so that
         used - sum(private) pages are known to be shared, or were.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxserve.scheduler.scheduler import NO_TOKEN
+from jaxserve.scheduler.scheduler import NO_TOKEN, Scheduler
 from jaxserve.scheduler.types import Finish, Status, Tier
 from tests.scheduler.by_hand import STOP, commit, decoded, prefilled, request, run, scheduler
 
@@ -290,8 +290,8 @@ def test_a_row_that_stops_too_early_is_found_out() -> None:
         it.commit(it.plan(), EMPTY, np.asarray([51], np.int32))
 
 
-def steps_of(it, plan=None) -> int:  # type: ignore[no-untyped-def]
-    rows = (plan or it.plan()).decode
+def steps_of(it: Scheduler) -> int:
+    rows = it.plan().decode
     return 0 if rows is None else rows.steps
 
 
