@@ -17,13 +17,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import psutil
 from jax.sharding import Mesh
 
 from checkpoints import huggingface
 from checkpoints.embedded import MODEL_DIR
-from jaxserve import models
+from jaxserve import __version__, models
 from jaxserve.config import EngineOptions
 from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.engine import Engine
@@ -32,10 +33,12 @@ from jaxserve.engine.state import StateShape, abstract_state, new_state, page_by
 from jaxserve.engine.step import Steps
 from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.protocols import EngineLike
+from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Limits, SamplingParams, check_request
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import abstract_params, dummy_params, layout_for, load_params
+from jaxserve.weights import abstract_params, dummy_params, layout_for, load_params, weights_digest
 from sharding import make_mesh, parse_mesh
 
 Progress = Callable[[str], None]
@@ -291,6 +294,25 @@ def build_engine(
     engine.facts["startup_seconds"] = seconds
     progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {seconds:.1f} s in all")
     return engine
+
+
+def build_serving(
+    model: str | None, options: EngineOptions, *, progress: Progress = lambda line: None
+) -> EngineLike:
+    """What serves: a warm engine, with `--response-cache` behind the answers that it gave before."""
+    engine = build_engine(model, options, progress=progress)
+    if not options.response_cache:
+        return engine
+    folder = read_model(model, options).folder
+    if options.load_format == "dummy":
+        weights = f"dummy {options.seed} {(folder / 'config.json').read_text()}"
+    else:
+        weights = weights_digest(folder)
+    bits = (options.mesh, engine.facts["dtype"], jax.__version__, jaxlib.version.__version__, __version__)
+    programs = (options.reproducible, options.chunk_tokens, options.max_slots, multi_step(options))
+    device = jax.devices()[0].device_kind
+    engine.facts["fingerprint"] = repr((weights, device, *bits, *programs))
+    return CachingEngine(engine, ResponseCache(cache_file(), options.response_cache * 2**20, progress))
 
 
 def multi_step(options: EngineOptions) -> int:

@@ -87,10 +87,10 @@ class LLM:
             raise TypeError(f"LLM() has no option {', '.join(unknown)}; there are: {', '.join(known)}")
         engine_options = EngineOptions(**options)
         check_leaves()
-        from jaxserve.build import build_engine  # imports jax, which takes a second
+        from jaxserve.build import build_serving  # imports jax, which takes a second
 
         self._numbers = itertools.count()
-        self.engine: EngineLike = build_engine(model, engine_options, progress=progress or log.info)
+        self.engine: EngineLike = build_serving(model, engine_options, progress=progress or log.info)
         self.engine.start()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from sharding import named_sharding
 
 def layout_for(platform: str) -> Layout:
     return "unrolled" if platform in ("gpu", "cuda", "rocm") else "scan"
+
+
+def weights_digest(folder: Path) -> str:
+    """Of every byte of the configuration and the weights, about a second per GB."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def abstract_params(model: Decoder, mesh: Mesh, layout: Layout) -> Params:

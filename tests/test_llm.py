@@ -22,10 +22,10 @@ LN2 = math.log(2)
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, EngineOptions]]:
-    """What was asked of `build_engine`, which hands out fakes."""
+    """What was asked of `build_serving`, which hands out fakes."""
     calls: list[tuple[str | None, EngineOptions]] = []
 
-    def build_engine(
+    def build_serving(
         model: str | None, options: EngineOptions, *, progress: Callable[[str], None]
     ) -> FakeEngine:
         calls.append((model, options))
@@ -33,7 +33,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, EngineOptio
         return FakeEngine(slots=options.max_slots)
 
     fake = types.ModuleType("jaxserve.build")
-    vars(fake)["build_engine"] = build_engine
+    vars(fake)["build_serving"] = build_serving
     monkeypatch.setitem(sys.modules, "jaxserve.build", fake)
     return calls
 
@@ -221,11 +221,11 @@ def test_best_of(llm: LLM) -> None:
 
 
 def test_the_response_cache_before_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_engine(*args: object, **options: object) -> CachingEngine:
+    def build_serving(*args: object, **options: object) -> CachingEngine:
         return CachingEngine(FakeEngine(), ResponseCache(tmp_path / "responses.sqlite", 2**20, pytest.fail))
 
     module = types.ModuleType("jaxserve.build")
-    vars(module)["build_engine"] = build_engine
+    vars(module)["build_serving"] = build_serving
     monkeypatch.setitem(sys.modules, "jaxserve.build", module)
     params = [SamplingParams(temperature=0, max_tokens=3), SamplingParams(max_tokens=3)]
     for turn in range(2):

@@ -40,10 +40,10 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
         wrong_use(str(error))
 
     def build(say: Say) -> tuple[EngineLike, str]:
-        from jaxserve.build import build_engine, model_name  # imports jax: after the port is bound
+        from jaxserve.build import build_serving, model_name  # imports jax: after the port is bound
 
         name = arguments.server.served_model_name or model_name(arguments.model)
-        return build_engine(arguments.model, arguments.engine, progress=say), name
+        return build_serving(arguments.model, arguments.engine, progress=say), name
 
     return serve(arguments.server, build, stderr)
 

@@ -168,6 +168,7 @@ class Engine:
     def reset_counters(self) -> None:
         """After warm-up: what was run then was nobody's request."""
         self._totals = dict.fromkeys(self._totals, 0)
+        self.scheduler.reset_counters()
         self.times = StepTimes()
 
     def start(self) -> None:

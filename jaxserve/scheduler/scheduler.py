@@ -174,6 +174,11 @@ class Scheduler:
         """False when nothing waits, runs or is in flight."""
         return bool(self._live or self._in_flight)
 
+    def reset_counters(self) -> None:
+        """Counts of prefix look-ups, preemptions and evictions begin at 0."""
+        self._totals = dict.fromkeys(self._totals, 0)
+        self.pages.evictions = 0
+
     def stats(self) -> dict[str, int]:
         """Sizes now, and counters that only grow. Any thread may ask.
 

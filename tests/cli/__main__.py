@@ -21,7 +21,9 @@ from tests.server.fakes import FakeEngine
 build = types.ModuleType("jaxserve.build")
 
 
-def build_engine(model: str | None, options: EngineOptions, *, progress: Callable[[str], None]) -> FakeEngine:
+def build_serving(
+    model: str | None, options: EngineOptions, *, progress: Callable[[str], None]
+) -> FakeEngine:
     how = os.environ.get("JAXSERVE_TEST_BUILD", "")
     progress(f"loading {model}")
     if how == "fail":
@@ -50,7 +52,7 @@ def dry_run(model: str | None, options: EngineOptions, progress: Callable[[str],
     return f"{model}: {options.max_slots} slots"
 
 
-names: dict[str, Any] = {"build_engine": build_engine, "model_name": model_name, "dry_run": dry_run}
+names: dict[str, Any] = {"build_serving": build_serving, "model_name": model_name, "dry_run": dry_run}
 vars(build).update(names)
 sys.modules["jaxserve.build"] = build
 sys.exit(main())

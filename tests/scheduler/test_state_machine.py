@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
-pytest.importorskip("hypothesis", reason="pip install hypothesis")
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
