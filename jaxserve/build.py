@@ -278,6 +278,7 @@ def build_engine(
         max_queued=options.max_queued,
         max_queued_tokens=options.max_queued_tokens or 64 * shape.num_pages * shape.page_size,
         step_timeout=options.step_timeout,
+        choose_steps=options.multi_step is None,
         facts={
             "model": plan.loaded.name,
             "dtype": str(plan.loaded.dtype),
@@ -316,7 +317,7 @@ def build_serving(
 
 
 def multi_step(options: EngineOptions) -> int:
-    """Tokens per dispatch at most: a device that is quick at a step must not wait for the host each time."""
+    """Tokens per dispatch at most. Where nobody said, the engine uses them while the host is what is slow."""
     if options.multi_step is not None:
         return options.multi_step
     return 4 if options.objective == "throughput" else 1

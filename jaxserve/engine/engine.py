@@ -31,6 +31,8 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
 from jaxserve.text.tokenizer import Tokenizer
 
+LOOK_STEPS = 32  # how often the engine asks itself who waits for whom
+HOST_BOUND = 0.8  # the host's time over a dispatch, as a share of the device's over a token
 TOTALS = ("prompt_tokens_total", "generation_tokens_total", "requests_total", "rejected_total")
 
 
@@ -51,6 +53,7 @@ class StepTimes:
     on the device while reading back. Host time that overlaps the device costs nothing until wait is zero."""
 
     steps: int = 0
+    decoded: int = 0  # decode steps: several in one dispatch count as several
     host: float = 0.0
     wait: float = 0.0
 
@@ -62,6 +65,7 @@ class Engine:
     prefill_rows: rows of each prefill bucket.
     max_queued, max_queued_tokens: when so many wait, or tokens of prompts, requests are refused.
     step_timeout: seconds after which a step that has not come back counts as stuck.
+    choose_steps: draw several tokens per dispatch only while the device waits for the host, not always.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Engine:
         max_queued: int = 1024,
         max_queued_tokens: int = 2**31,
         step_timeout: float = 120.0,
+        choose_steps: bool = True,
     ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
@@ -103,6 +108,9 @@ class Engine:
         self._step_timeout = step_timeout
         self._waits_for: tuple[float, _Flight] | None = None  # since when, while a step is read back
         self._rate = _Rate()
+        self._most_steps = scheduler.multi_step
+        self._choose_steps = choose_steps
+        self._looked_at = StepTimes()
 
     # -- from any thread -------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class Engine:
         """After warm-up: what was run then was nobody's request."""
         self._totals = dict.fromkeys(self._totals, 0)
         self.scheduler.reset_counters()
-        self.times = StepTimes()
+        self.times, self._looked_at = StepTimes(), StepTimes()
 
     def start(self) -> None:
         """Runs the loop on a thread of its own until `close()`."""
@@ -202,8 +210,20 @@ class Engine:
         if self._flight is None and flight is None:
             return False
         self.times.steps += 1
+        self.times.decoded += 0 if plan.decode is None else plan.decode.steps
         self.times.host += time.perf_counter() - begin - (self.times.wait - waited)
+        if self._choose_steps and self.times.steps % LOOK_STEPS == 0:
+            self._look()
         return True
+
+    def _look(self) -> None:
+        """Several tokens per dispatch make a newcomer wait for them; they pay only where the host takes longer
+        over a dispatch than the device over a token."""
+        now, before = self.times, self._looked_at
+        self._looked_at = dataclasses.replace(now)
+        host, wall = now.host - before.host, now.host - before.host + now.wait - before.wait
+        each = (now.decoded - before.decoded) / LOOK_STEPS  # tokens a dispatch
+        self.scheduler.multi_step = self._most_steps if each * host > HOST_BOUND * wall else 1
 
     def step_apart(self) -> tuple[float, float]:
         """One turn without overlap: (host seconds, device seconds). For measuring; the work goes on."""
