@@ -217,8 +217,8 @@ class Engine:
         return True
 
     def _look(self) -> None:
-        """Several tokens per dispatch make a newcomer wait for them; they pay only where the host takes longer
-        over a dispatch than the device over a token."""
+        """Several tokens per dispatch make a newcomer wait; they pay only where the host takes longer over a
+        dispatch than the device over a token."""
         now, before = self.times, self._looked_at
         self._looked_at = dataclasses.replace(now)
         host, wall = now.host - before.host, now.host - before.host + now.wait - before.wait
