@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from jaxserve.text.chat_template import ChatTemplate
 from tests.fakes import FakeTokenizer
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served
@@ -47,7 +49,7 @@ def test_roles_parts_and_a_returned_answer(served: Served) -> None:
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "a"}]},
         first.choices[0].message.model_dump(),
-        {"role": "user", "content": "5", "name": "ann"},
+        {"role": "user", "content": "5"},
     ]
     reply = served.chat(messages=messages, max_tokens=2).json()
     assert reply["choices"][0]["message"]["content"] == "67"
@@ -149,3 +151,59 @@ def test_the_template_refuses(served: Served) -> None:
 def test_special_token_text_in_a_message_stays_text(served: Served) -> None:
     reply = served.chat(messages=[{"role": "user", "content": "<end>a"}], max_tokens=1).json()
     assert reply["usage"]["prompt_tokens"] == 1 + 1 + len("<end>a")
+
+
+class TemplateTokenizer(FakeTokenizer):
+    """Renders a real template, and speaks for the user: the answer follows from the prompt's last letter."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.template = ChatTemplate(source)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        return self.encode(self.template.render(messages, add_generation_prompt=add_generation_prompt))
+
+
+def named_template(condition: str) -> str:
+    return (
+        "{% for m in messages %}[{{ m.role }}{% if " + condition + " %} {{ m.name }}{% endif %}]"
+        "{{ m.content }}{% endfor %}"
+    )
+
+
+NAMED: Any = [
+    {"role": "system", "content": "two guests", "name": "host"},
+    {"role": "user", "content": "a", "name": "ann"},
+]
+
+
+def test_a_name_goes_to_the_template(serve: Serve) -> None:
+    served = serve(FakeEngine(tokenizer=TemplateTokenizer(named_template("m.name"))))
+    reply = served.chat(messages=NAMED, max_tokens=1)
+    assert reply.status_code == 200, reply.text
+    [request] = served.engine.requests
+    assert bytes(request.prompt_token_ids.tolist()) == b"[system host]two guests[user ann]a"
+    # a name that is what the template would write anyway is read too
+    served = serve(FakeEngine(tokenizer=TemplateTokenizer("{{ messages[0].name or 'ann' }}")))
+    assert served.chat(messages=NAMED[1:], max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("condition", "role"),
+    [("false", "system"), ("m.role == 'system'", "user"), ("m.role == 'user'", "system")],
+)
+def test_a_name_that_the_template_does_not_read_is_refused(serve: Serve, condition: str, role: str) -> None:
+    served = serve(FakeEngine(tokenizer=TemplateTokenizer(named_template(condition))))
+    reply = served.chat(messages=NAMED)
+    assert reply.status_code == 400
+    assert reply.json()["error"] == {
+        "message": f"messages: the model's chat template does not read the name of a {role} message;"
+        " leave it out, or write it into the content",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": "unsupported_parameter",
+    }
+    unnamed = [{**message, "name": None} for message in NAMED]
+    assert served.chat(messages=unnamed, max_tokens=1).status_code == 200

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from jaxserve.engine.outputs import Output, TokenLogprob
 from jaxserve.prompts import encode_chat, token_text
-from jaxserve.protocols import EngineLike
+from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.types import RequestError, check_request
 from jaxserve.server.api import results
 from jaxserve.server.api.fields import Caller, SamplingFields, service_tier, take_known
@@ -120,6 +120,30 @@ def prepare(data: bytes, engine: EngineLike, check_model: Callable[[str], None],
 # --- translation ---------------------------------------------------------------------------------------
 
 
+def encode_messages(tokenizer: TokenizerLike | None, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The prompt's token ids. Raises RequestError for a `name` that the template does not read.
+
+    A template may read the names of some roles only, so each role is tried: under other names the prompt must
+    be another one. Conversations without names, nearly all, are rendered once.
+    """
+    ids = encode_chat(tokenizer, messages)
+    for role in sorted({message["role"] for message in messages if "name" in message}):
+        others = [
+            {**message, "name": f"x{message['name']}"}
+            if message["role"] == role and "name" in message
+            else message
+            for message in messages
+        ]
+        if encode_chat(tokenizer, others) == ids:
+            raise RequestError(
+                f"messages: the model's chat template does not read the name of a {role} message;"
+                " leave it out, or write it into the content",
+                param="messages",
+                code="unsupported_parameter",
+            )
+    return ids
+
+
 class ChatJob:
     """A valid request: what to ask of the engine, and how to say what it answers."""
 
@@ -137,7 +161,7 @@ class ChatJob:
             logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
             prompt_logprobs=fields.prompt_logprobs,
         )
-        ids = encode_chat(self.tokenizer, [message.for_template() for message in fields.messages])
+        ids = encode_messages(self.tokenizer, [message.for_template() for message in fields.messages])
         self.request = check_request(self.id, ids, params, engine.limits, now, **place)
         self.usage = results.Usage([self.request])
         self._begun: set[int] = set()  # choices whose role was streamed
