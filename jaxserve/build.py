@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
-import psutil
 from jax.sharding import Mesh
 
 from checkpoints import huggingface
@@ -28,9 +27,10 @@ from jaxserve import __version__, models
 from jaxserve.config import EngineOptions
 from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.programs import Programs
+from jaxserve.engine.programs import Programs, device_bytes
 from jaxserve.engine.state import StateShape, abstract_state, new_state, page_bytes
 from jaxserve.engine.step import Steps
+from jaxserve.memory import memory_limit
 from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout
 from jaxserve.protocols import EngineLike
@@ -38,7 +38,14 @@ from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Limits, SamplingParams, check_request
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.weights import abstract_params, dummy_params, layout_for, load_params, weights_digest
+from jaxserve.weights import (
+    abstract_params,
+    dummy_params,
+    layout_for,
+    load_params,
+    open_weights,
+    weights_digest,
+)
 from sharding import make_mesh, parse_mesh
 
 Progress = Callable[[str], None]
@@ -86,28 +93,6 @@ def read_model(model: str | None, options: EngineOptions) -> Loaded:
     return Loaded(model_name(model), folder, config, np.dtype(jnp.dtype(dtype)), length)
 
 
-# -- memory ----------------------------------------------------------------------------------------------
-
-
-def memory_limit(device: jax.Device, fraction: float) -> int:
-    """Bytes on one device that weights, pages and programs may take together."""
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] * fraction)
-    return int(_host_memory() * fraction)
-
-
-def _host_memory() -> int:
-    """Bytes free on this host, within the container's bound."""
-    free = psutil.virtual_memory().available
-    try:
-        bound = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, int(bound) - used) if bound.isdecimal() else free
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What will run, before any weight is loaded. Bytes are on one device."""
@@ -122,12 +107,16 @@ class Plan:
     programs: Programs
     page_bytes: int
     limit: int
+    checkpoint: huggingface.Checkpoint | None  # None: random weights
+    tokenizer: Tokenizer | None
+    sampling_defaults: dict[str, float | int]
 
 
 def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -> Plan:
-    """Reads the model, compiles the largest programs and sizes the pool from what they need.
+    """Reads all of the model but its weights, compiles the largest programs, sizes the pool by them.
 
-    Raises ValueError naming the flag and the bytes when memory does not suffice.
+    What is wrong with the folder shows here, before anything is compiled: missing or mis-shaped tensors,
+    truncated files. Raises ValueError naming what does not fit: a key, or the flag and the bytes.
     """
     shape = parse_mesh(options.mesh)
     if shape.data > 1 or shape.expert > 1:
@@ -138,9 +127,12 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     _check_divisible(loaded.config, shape.tensor)
     mesh = make_mesh(shape)
     device = mesh.devices.flat[0]
-    limit = memory_limit(device, options.memory_fraction)
+    limit = memory_limit(mesh, options.memory_fraction)
     layout = layout_for(device.platform)
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
+    checkpoint = None if options.load_format == "dummy" else open_weights(decoder, loaded.folder)
+    tokenizer = _tokenizer(loaded.folder, progress)
+    defaults = sampling_defaults(loaded.folder)
     params = abstract_params(decoder, mesh, layout)
     pages_per_slot = -(-loaded.max_model_len // options.page_size)
     steps = Steps(decoder, mesh, pages_per_slot)
@@ -160,13 +152,11 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
         return state, register_programs(steps, params, state, prefill_rows, decode_rows, max_steps)
 
-    # Enough for every slot at full length; beyond that a page could never be used.
-    useful = options.max_slots * pages_per_slot
-    fixed = sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(params)
-    )
-    pages = options.kv_pages or min(useful, max(int((limit - fixed) * 0.9) // each, pages_per_slot))
+    fixed = device_bytes(params)
+    pages = options.kv_pages or max(int((limit - fixed) * 0.9) // each, pages_per_slot)
+    if options.kv_pages is None and (device.platform == "cpu" or not options.prefix_cache):
+        # enough for every slot at full length; the prefix cache has no claim on the host's own memory
+        pages = min(pages, options.max_slots * pages_per_slot)
     if pages < pages_per_slot:
         raise ValueError(
             f"--kv-pages={pages} of --page-size={options.page_size} hold {pages * options.page_size} tokens,"
@@ -177,20 +167,39 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     if pages * each + fixed > limit:  # no need to compile anything to see that
         raise ValueError(_too_small(options, pages, pages_per_slot, each, fixed, limit))
     state, programs = programs_for(pages)
-    programs.compile(_largest(programs), threads=os.cpu_count() or 1, progress=progress)
-    peak = max(programs.memory(key).peak for key in _largest(programs))
-    if peak > limit:
-        other = peak - pages * each
+    programs.compile(programs.largest(), threads=os.cpu_count() or 1, progress=progress)
+    if (needed := programs.needed()) > limit:
+        other = needed - pages * each
         fitting = (limit - other) // each
         if options.kv_pages is not None or fitting < pages_per_slot:
             raise ValueError(_too_small(options, pages, pages_per_slot, each, other, limit))
         pages = fitting
         state, programs = programs_for(pages)
-    return Plan(loaded, mesh, layout, decoder, steps, state, prefill_rows, programs, each, limit)
+    return Plan(
+        loaded=loaded,
+        mesh=mesh,
+        layout=layout,
+        model=decoder,
+        steps=steps,
+        shape=state,
+        prefill_rows=prefill_rows,
+        programs=programs,
+        page_bytes=each,
+        limit=limit,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        sampling_defaults=defaults,
+    )
 
 
-def _largest(programs: Programs) -> list[tuple[str, int]]:
-    return [(kind, programs.buckets(kind)[-1]) for kind in ("prefill", "decode")]
+def _compile(plan: Plan, progress: Progress) -> None:
+    """Every program. Raises ValueError if, all told, they need more than there is."""
+    plan.programs.compile(threads=os.cpu_count() or 1, progress=progress)
+    if (needed := plan.programs.needed()) > plan.limit:
+        raise ValueError(
+            f"weights, state and programs need {needed} bytes on each device; {plan.limit} may be used."
+            " Lower --max-slots, --prefill-chunk or --kv-pages, or raise --memory-fraction"
+        )
 
 
 def _too_small(
@@ -238,23 +247,24 @@ def build_engine(
     begin = time.perf_counter()
     enable_compilation_cache(progress)
     plan = plan_engine(model, options, progress)
-    plan.programs.compile(threads=os.cpu_count() or 1, progress=progress)
+    _compile(plan, progress)
     compiled = time.perf_counter()
-    if options.load_format == "dummy":
+    weights = device_bytes(abstract_params(plan.model, plan.mesh, plan.layout))
+    progress(f"placing {weights / 1e6:.0f} MB of weights on each of {plan.mesh.size} device(s)")
+    if plan.checkpoint is None:
         params = dummy_params(plan.model, plan.mesh, plan.layout, options.seed)
     else:
-        params = load_params(plan.model, plan.loaded.folder, plan.mesh, plan.layout)
+        params = load_params(plan.model, plan.checkpoint, plan.mesh, plan.layout)
     jax.block_until_ready(params)
     progress(f"weights in place after {time.perf_counter() - compiled:.1f} s")
-    tokenizer = _tokenizer(plan.loaded.folder, progress)
-    shape, config = plan.shape, plan.loaded.config
+    tokenizer, shape, config = plan.tokenizer, plan.shape, plan.loaded.config
     engine = Engine(
         limits=Limits(
             vocab_size=config.vocab_size,
             max_model_len=plan.loaded.max_model_len,
             pool_tokens=shape.num_pages * shape.page_size,
             eos_token_ids=() if tokenizer is None else tuple(tokenizer.eos_token_ids),
-            sampling_defaults=sampling_defaults(plan.loaded.folder),
+            sampling_defaults=plan.sampling_defaults,
         ),
         tokenizer=tokenizer,
         programs=plan.programs,
@@ -368,10 +378,10 @@ def warm_up(engine: Engine) -> float:
 
 
 def dry_run(model: str | None, options: EngineOptions, progress: Progress = lambda line: None) -> str:
-    """The programs, the pool and what fits, without loading a weight."""
+    """The programs, the pool and what fits, without loading a weight; ValueError if it does not fit."""
     enable_compilation_cache(progress)
     plan = plan_engine(model, options, progress)
-    plan.programs.compile(threads=os.cpu_count() or 1, progress=progress)
+    _compile(plan, progress)
     shape = plan.shape
     lines = [f"{'program':<24}{'arguments':>16}{'temporary':>16}{'peak':>16}  bytes on one device"]
     for key in plan.programs.keys():
@@ -379,14 +389,14 @@ def dry_run(model: str | None, options: EngineOptions, progress: Progress = lamb
         lines.append(
             f"{key[0] + ' ' + str(key[1]):<24}{memory.arguments:>16}{memory.temporary:>16}{memory.peak:>16}"
         )
-    peak = max(plan.programs.memory(key).peak for key in plan.programs.keys())
+    needed = plan.programs.needed()
     tokens = shape.num_pages * shape.page_size
     lines += [
         f"pool: {shape.num_pages} pages of {shape.page_size} tokens = {tokens} tokens,"
         f" {shape.num_pages * plan.page_bytes} bytes on each of {plan.mesh.size} device(s)",
         f"slots: {shape.max_slots}; sequences of {plan.loaded.max_model_len} tokens that fit together:"
         f" {min(shape.max_slots, shape.num_pages // shape.pages_per_slot)}",
-        f"memory: {peak} of {plan.limit} bytes ({peak / plan.limit:.1%}) -> fits",
+        f"memory: {needed} of {plan.limit} bytes ({needed / plan.limit:.1%}) -> fits",
     ]
     return "\n".join(lines)
 
@@ -407,6 +417,7 @@ def enable_compilation_cache(progress: Progress) -> None:
             f"warning: no compilation cache, {folder} cannot be written ({error.strerror});"
             " starts will be slower"
         )
+        jax.config.update("jax_enable_compilation_cache", False)  # JAX would warn of each program
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", -1.0)

@@ -40,32 +40,41 @@ def abstract_params(model: Decoder, mesh: Mesh, layout: Layout) -> Params:
     return model.tree(leaf, layout)
 
 
-def load_params(model: Decoder, folder: Path, mesh: Mesh, layout: Layout) -> Params:
-    """Every weight from the checkpoint to its place on the mesh, one leaf at a time: each device's part is
-    read from the file by itself. Raises CheckpointError naming the key at fault."""
+def open_weights(model: Decoder, folder: Path) -> huggingface.Checkpoint:
+    """The folder's checkpoint, its headers checked: every weight is there, in its shape, and nothing else.
+
+    Raises CheckpointError naming the key at fault. No weight is read.
+    """
     checkpoint = huggingface.open_checkpoint(folder)
     layers = range(model.config.num_layers)
-
-    def target(weight: Weight, layer: int | None) -> huggingface.Target:
-        key = weight.checkpoint_key if layer is None else weight.checkpoint_key.format(layer)
-        return huggingface.Target(key, weight.shape, weight.dtype)
-
-    targets = [target(w, i) for w in model.weights for i in (layers if w.per_layer else (None,))]
+    targets = [_target(w, i) for w in model.weights for i in (layers if w.per_layer else (None,))]
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if model.config.tie_embeddings else None
     huggingface.check(
         checkpoint, targets, ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",), tied=tied
     )
+    return checkpoint
+
+
+def _target(weight: Weight, layer: int | None) -> huggingface.Target:
+    key = weight.checkpoint_key if layer is None else weight.checkpoint_key.format(layer)
+    return huggingface.Target(key, weight.shape, weight.dtype)
+
+
+def load_params(model: Decoder, checkpoint: huggingface.Checkpoint, mesh: Mesh, layout: Layout) -> Params:
+    """Every weight from the checkpoint (`open_weights`) to its place on the mesh, one leaf at a time: each
+    device's part is read from the file by itself."""
+    layers = range(model.config.num_layers)
     abstract = abstract_params(model, mesh, layout)
 
     def leaf(weight: Weight, layer: int | None) -> Callable[[tuple[slice, ...]], np.ndarray]:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if weight.per_layer and layer is None:
                 chosen = [
-                    huggingface.read_target(checkpoint, target(weight, i), index[1:])
+                    huggingface.read_target(checkpoint, _target(weight, i), index[1:])
                     for i in layers[index[0]]
                 ]
                 return np.stack(chosen)
-            return huggingface.read_target(checkpoint, target(weight, layer), index)
+            return huggingface.read_target(checkpoint, _target(weight, layer), index)
 
         return part
 

@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from checkpoints.huggingface import CheckpointError
 from jaxserve import build
 from jaxserve.config import EngineOptions
+from jaxserve.engine.programs import device_bytes
 from jaxserve.models.config import ConfigError
 from jaxserve.scheduler.types import SamplingParams, check_request
-from jaxserve.weights import load_params
+from jaxserve.weights import load_params, open_weights
 from tests import tiny
 
 SMALL = EngineOptions(max_slots=2, page_size=16, prefill_chunk=32, memory_fraction=0.5)
@@ -82,7 +83,7 @@ def test_weights_arrive_in_every_dtype_and_layout(tmp_path, stored, layout):
     assert loaded.dtype == np.dtype(dtype)
     decoder = build.Decoder(loaded.config, loaded.dtype)
     mesh = build.make_mesh(build.parse_mesh("tensor=2"))
-    params = load_params(decoder, loaded.folder, mesh, layout)
+    params = load_params(decoder, open_weights(decoder, loaded.folder), mesh, layout)
     layer = params["layers"]
     got = layer["mlp"]["up_proj"]["weight"][1] if layout == "scan" else layer[1]["mlp"]["up_proj"]["weight"]
     np.testing.assert_array_equal(np.asarray(got), values["model.layers.1.mlp.up_proj.weight"])
@@ -139,7 +140,11 @@ def test_an_unwritable_compilation_cache_is_a_warning(tmp_path, monkeypatch):
     blocked.write_text("")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(blocked / "cache"))
     lines: list[str] = []
-    build.enable_compilation_cache(lines.append)
+    try:
+        build.enable_compilation_cache(lines.append)
+        assert not jax.config.jax_enable_compilation_cache  # or JAX warns of every program
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
     assert len(lines) == 1 and "warning: no compilation cache" in lines[0] and os.fspath(blocked) in lines[0]
 
 
@@ -147,13 +152,41 @@ def test_the_pool_takes_what_memory_leaves(folder, monkeypatch):
     """Less memory, fewer pages: sized from the programs' own analysis, and within the limit."""
     roomy = build.plan_engine(str(folder), SMALL, lambda line: None)
     assert roomy.shape.num_pages == 32  # two slots of 256 tokens: more could never be used
-    peak = max(roomy.programs.memory(key).peak for key in build._largest(roomy.programs))
-    limit = peak - 10 * roomy.page_bytes
-    monkeypatch.setattr(build, "memory_limit", lambda device, fraction: limit)
+    limit = roomy.programs.needed() - 10 * roomy.page_bytes
+    monkeypatch.setattr(build, "memory_limit", lambda mesh, fraction: limit)
     tight = build.plan_engine(str(folder), SMALL, lambda line: None)
     assert 16 <= tight.shape.num_pages < roomy.shape.num_pages
-    tight.programs.compile(build._largest(tight.programs))
-    assert max(tight.programs.memory(key).peak for key in build._largest(tight.programs)) <= limit
+    tight.programs.compile(tight.programs.largest())
+    assert tight.programs.needed() <= limit
+
+
+def test_every_program_counts_beside_weights_and_pool(folder):
+    """A program that takes neither pool nor state runs while they lie there."""
+    plan = build.plan_engine(str(folder), SMALL, lambda line: None)
+    programs = plan.programs
+    key = ("prompt_logprobs", programs.buckets("prompt_logprobs")[-1])
+    params, state, _ = programs._registered["decode", programs.buckets("decode")[-1]].arguments
+    memory = programs.memory(key)
+    own = memory.peak - device_bytes(params)
+    assert memory.peak < device_bytes(params) + device_bytes(state) + own <= programs.needed()
+
+
+def test_what_does_not_fit_is_said_by_dry_run_too(folder, monkeypatch):
+    plan = build.plan_engine(str(folder), SMALL, lambda line: None)
+    limit = plan.programs.needed() - 17 * plan.page_bytes  # less than one sequence's pages are left
+    monkeypatch.setattr(build, "memory_limit", lambda mesh, fraction: limit)
+    with pytest.raises(ValueError, match=rf"{limit} bytes may be used\. Lower --max-model-len"):
+        build.dry_run(str(folder), SMALL)
+
+
+def test_a_broken_folder_is_found_before_anything_is_compiled(tmp_path):
+    tiny.write_model(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        build.dry_run(str(tmp_path), SMALL, lines.append)
+    assert not any("compiled" in line for line in lines)
 
 
 def test_generation_config_gives_the_sampling_defaults(tmp_path):

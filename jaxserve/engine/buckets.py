@@ -82,6 +82,7 @@ def register_programs(
                 prefill,
                 (params, state, packed),
                 donate=(1,),
+                lasting=(0, 1),
                 out_shardings=(state_out, everywhere, everywhere),
             )
         )
@@ -93,6 +94,7 @@ def register_programs(
                 functools.partial(steps.decode_step, max_steps=max_steps),
                 (params, state, ints(*batch.decode_shape(rows, shape.pages_per_slot))),
                 donate=(1,),
+                lasting=(0, 1),
                 out_shardings=(state_out, everywhere),
             )
         )
@@ -104,6 +106,7 @@ def register_programs(
                 tokens,
                 steps.prompt_logprobs,
                 (params, hidden, ints(tokens)),
+                lasting=(0,),
                 out_shardings=everywhere,
             )
         )
@@ -113,7 +116,8 @@ def register_programs(
             1,
             steps.edit_slot,
             (state, ints(batch.edits_size(model.config.vocab_size))),
-            (0,),
+            donate=(0,),
+            lasting=(0,),
             out_shardings=state_out,
         )
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,13 +22,15 @@ Key = tuple[str, int]
 @dataclasses.dataclass(frozen=True)
 class Program:
     """kind: what it does; bucket: the size it takes (rows or tokens). arguments: abstract, with shardings.
-    donate: positions of arguments whose buffers the outputs take over."""
+    donate: positions of arguments whose buffers the outputs take over. lasting: of those that stay on the
+    device between steps."""
 
     kind: str
     bucket: int
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donate: tuple[int, ...] = ()
+    lasting: tuple[int, ...] = ()
     out_shardings: Any = None
 
     @property
@@ -109,6 +112,33 @@ class Programs:
             aliased=analysis.alias_size_in_bytes,
             temporary=analysis.temp_size_in_bytes,
         )
+
+    def largest(self) -> list[Key]:
+        """Of each kind the largest bucket: what memory has to suffice for."""
+        kinds = dict.fromkeys(kind for kind, _ in self._registered)
+        return [(kind, self.buckets(kind)[-1]) for kind in kinds]
+
+    def needed(self) -> int:
+        """Bytes on one device: what stays there between steps, the compiled program that takes most, and what
+        the step before has not handed to the host yet."""
+        lasting: dict[int, int] = {}
+        working = 0
+        left: dict[str, int] = {}
+        for (kind, bucket), program in self._registered.items():
+            if (kind, bucket) not in self._compiled:
+                continue
+            own = {id(program.arguments[i]): device_bytes(program.arguments[i]) for i in program.lasting}
+            lasting |= own
+            memory = self.memory((kind, bucket))
+            working = max(working, memory.peak - sum(own.values()))
+            left[kind] = max(left.get(kind, 0), memory.outputs - memory.aliased)
+        return sum(lasting.values()) + working + sum(left.values())
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s with shardings, on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def bucket_for(buckets: list[int], size: int) -> int:

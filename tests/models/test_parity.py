@@ -27,7 +27,7 @@ from checkpoints.embedded import MODEL_DIR
 from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.models.decoder import Decoder, Layout
-from jaxserve.weights import load_params
+from jaxserve.weights import load_params, open_weights
 from sharding import make_mesh, parse_mesh
 from tests.models.driving import Driver, chunked, relative_error, whole
 
@@ -327,7 +327,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     case: Case = request.param
     rng = np.random.default_rng(len(case.name))
     edge = int(rng.choice([15, 16, 64, 65, 128]))
-    lengths = [1, rng.integers(2, 40), 300, rng.integers(40, 180), edge]
+    lengths = [1, int(rng.integers(2, 40)), 300, int(rng.integers(40, 180)), edge]
     if case is EMBEDDED:
         folder = MODEL_DIR
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -343,18 +343,15 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     loaded = build.read_model(str(folder), EngineOptions(dtype="float32"))
     mesh = make_mesh(parse_mesh(""))
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
-    params = load_params(decoder, loaded.folder, mesh, case.layout)
+    params = load_params(decoder, open_weights(decoder, loaded.folder), mesh, case.layout)
     driver = Driver(decoder, params, mesh, page=case.page, max_len=300 + GENERATED)
-    rng = np.random.default_rng(len(case.name))
-    lengths = [
-        1,
-        int(rng.integers(2, 40)),
-        300,
-        int(rng.integers(40, 180)),
-        int(rng.choice([15, 16, 64, 65, 128])),
-    ]
-    prompts = [rng.integers(0, VOCABULARY, length).astype(np.int32) for length in lengths]
     yield Pair(case, model, driver, prompts, [reference(model, prompt) for prompt in prompts])
+
+
+def test_the_embedded_model_reads_text(pair: Pair) -> None:
+    if pair.case is EMBEDDED:
+        text = tokenizers.Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")).decode(pair.prompts[2].tolist())
+        assert len(text) > 300 and text in inspect.getsource(textwrap)
 
 
 def test_prefill_in_one_piece(pair: Pair) -> None:

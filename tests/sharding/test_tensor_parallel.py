@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.models.decoder import Decoder, Layout, Params
-from jaxserve.weights import load_params
+from jaxserve.weights import load_params, open_weights
 from sharding import RULES, make_mesh, parse_mesh
 from tests.models.driving import Driver, chunked, relative_error
 
@@ -73,7 +73,7 @@ def run(folder: Path, tensor: int, layout: Layout, forced: NDArray[np.int32] | N
     loaded = build.read_model(str(folder), EngineOptions())
     mesh = make_mesh(parse_mesh(f"tensor={tensor}"))
     model = Decoder(loaded.config, jnp.dtype(loaded.dtype))
-    params = load_params(model, loaded.folder, mesh, layout)
+    params = load_params(model, open_weights(model, loaded.folder), mesh, layout)
     driver = Driver(model, params, mesh, page=16, max_len=160, tokens=128, rows=3, slots=4)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 512, length).astype(np.int32) for length in PROMPTS]
@@ -204,7 +204,7 @@ def test_the_pool_stays_where_it_is(plan: build.Plan) -> None:
         assert not re.search(rf"= {re.escape(half)}\S* copy", text)
     assert all(
         plan.programs.memory(key).aliased > plan.page_bytes * shape.num_pages
-        for key in build._largest(plan.programs)
+        for key in plan.programs.largest()
     )
 
 
