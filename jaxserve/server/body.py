@@ -1,13 +1,15 @@
 """A request's body: bounded in bytes and in time, strict JSON, checked against a pydantic model.
 
 orjson refuses NaN, infinities, lone surrogates and nesting beyond 1,024 levels; integers beyond 64 bits
-come out of it as floats, which no integer field takes. Every refusal is a 4xx that names the field.
+come out of it as floats, which no integer field takes. A refusal is a 4xx that names the field at fault.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,10 +82,29 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
+        _refuse_non_finite(data)
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", code="invalid_json")
     return {name: member for name, member in value.items() if member is not None}
+
+
+def _refuse_non_finite(data: bytes) -> None:
+    """Raises ApiError 400 naming the field, if a field of this body is NaN or infinite.
+
+    Such a body is not JSON, but Python's parser takes it; nothing of what it reads goes any further.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # ValueError: not even that, not Unicode, too many digits
+        return
+    if not isinstance(value, dict):
+        return
+    for name, member in value.items():
+        # no name that could not be sent back, such as a lone surrogate
+        if isinstance(member, float) and not math.isfinite(member) and name.isidentifier():
+            name = name[:64]
+            raise bad_request(f"{name}={member} must be a finite number", param=name, code="invalid_value")
 
 
 def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -> M:

@@ -223,9 +223,12 @@ BODIES: list[tuple[bytes, str, str]] = [
     (b"[]", "invalid_json", "must be a JSON object"),
     (b'"a"', "invalid_json", "must be a JSON object"),
     (b"\xff\xfe", "invalid_json", "not valid JSON"),
-    (b'{"temperature": NaN}', "invalid_json", "not valid JSON"),
-    (b'{"temperature": Infinity}', "invalid_json", "not valid JSON"),
-    (b'{"temperature": 1e400}', "invalid_json", "not valid JSON"),
+    (b'{"logit_bias": {"1": NaN}}', "invalid_json", "not valid JSON"),
+    (b'{"messages": [Infinity]}', "invalid_json", "not valid JSON"),
+    (b"[NaN]", "invalid_json", "not valid JSON"),
+    (b"NaN", "invalid_json", "not valid JSON"),
+    (b'{"\\ud800": NaN}', "invalid_json", "not valid JSON"),
+    (b'{"n": ' + b"1" * 5000 + b', "temperature": NaN}', "invalid_json", "not valid JSON"),
     (b'{"prompt": "\\ud800"}', "invalid_json", "not valid JSON"),
     (b"[" * 100_000 + b"]" * 100_000, "invalid_json", "not valid JSON"),
     (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "invalid_json", "not valid JSON"),
@@ -268,6 +271,39 @@ def test_bodies(served: Served, path: str, body: bytes, code: str, text: str) ->
     if code:
         assert reply.json()["error"]["code"] == code
         assert text in reply.json()["error"]["message"]
+    served.as_new()
+
+
+NUMBERS = (
+    *(
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    ),
+    *("n", "max_tokens", "min_tokens", "seed", "prompt_logprobs", "priority", "timeout"),
+)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"), [("NaN", "nan"), ("Infinity", "inf"), ("-Infinity", "-inf"), ("1e400", "inf")]
+)
+def test_numbers_that_are_none_are_named(served: Served, word: str, shown: str) -> None:
+    """NaN is not JSON, though Python's `json` writes it: the answer says which field holds it."""
+    for name in (*NUMBERS, "best_of", "logprobs"):
+        body = f'{{"model": "{MODEL}", "prompt": "a", "{name}": {word}}}'
+        reply = served.http.post("/v1/completions", content=body)
+        check_error(reply, 400, name, "invalid_value", f"{name}={shown} must be a finite number")
+    for name in (*NUMBERS, "max_completion_tokens", "top_logprobs"):
+        body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "a"}}], "{name}": {word}}}'
+        reply = served.http.post("/v1/chat/completions", content=body)
+        check_error(reply, 400, name, "invalid_value", f"{name}={shown} must be a finite number")
+    # not even where the field asks for nothing
+    body = f'{{"model": "{MODEL}", "prompt": "a", "user": {word}}}'
+    assert served.http.post("/v1/completions", content=body).status_code == 400
     served.as_new()
 
 
