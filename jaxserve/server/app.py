@@ -23,7 +23,7 @@ from jaxserve.server.api.completions import create_completion
 from jaxserve.server.api.health import health, metrics, ready
 from jaxserve.server.api.models import get_model, list_models
 from jaxserve.server.auth import KeyMiddleware
-from jaxserve.server.body import MAX_BODY_BYTES
+from jaxserve.server.body import MAX_BODY_BYTES, OneLengthMiddleware
 from jaxserve.server.bridge import Bridge
 from jaxserve.server.context import Context
 from jaxserve.server.errors import ApiError, error_response
@@ -64,7 +64,7 @@ def create_app(
             Route("/v1/completions", create_completion, methods=["POST"]),
             Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
         ],
-        middleware=[Middleware(KeyMiddleware, keys=tuple(keys))],
+        middleware=[Middleware(OneLengthMiddleware), Middleware(KeyMiddleware, keys=tuple(keys))],
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,

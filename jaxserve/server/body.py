@@ -16,14 +16,37 @@ from typing import Any
 import orjson
 import pydantic
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxserve.server.errors import ApiError, bad_request
+from jaxserve.server.errors import ApiError, bad_request, error_response
 from jaxserve.server.stream import ClientLeft
 
 MAX_BODY_BYTES = 16 * 2**20
 BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
 OFF_LOOP_BYTES = 16 * 2**10  # larger bodies are parsed and tokenized on a thread
+
+
+class OneLengthMiddleware:
+    """Refuses a request that says twice how long it is, and closes the connection.
+
+    A proxy in front may go by the other header, and take the rest of the body for somebody's next request
+    (RFC 9112, section 6.3: request smuggling).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lengths = {"content-length", "transfer-encoding"}
+        if scope["type"] == "lifespan" or not lengths <= set(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(
+            400,
+            "a request may have Content-Length or Transfer-Encoding, not both",
+            headers={"Connection": "close"},
+        )
+        await error_response(error)(scope, receive, send)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES) -> bytes:

@@ -27,7 +27,7 @@ from jaxserve.protocols import EngineLike
 from jaxserve.server.app import create_app
 from jaxserve.server.auth import load_keys
 from jaxserve.server.context import Context
-from jaxserve.server.errors import not_ready
+from jaxserve.server.errors import bad_request, error_response, not_ready
 from jaxserve.server.holder import EngineHolder
 
 HEADER_SECONDS = 20.0  # a request line and headers that take longer are given up
@@ -173,7 +173,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=DeadlineProtocol,
+                http=HttpProtocol,
                 ws="none",
                 lifespan="on",
                 log_level="warning",
@@ -215,10 +215,11 @@ class Server(uvicorn.Server):
                 signal.signal(name, handler)
 
 
-class DeadlineProtocol(H11Protocol):
-    """uvicorn's h11 protocol with a deadline for a request's line and headers, which it leaves open.
+class HttpProtocol(H11Protocol):
+    """uvicorn's h11 protocol, with two things that it lacks.
 
-    The deadline runs from a connection's start, and from the first byte of each later request.
+    A deadline for a request's line and headers: it runs from a connection's start, and from the first byte of
+    each later request. And OpenAI's error object for what is not HTTP at all, which no application sees.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -237,6 +238,22 @@ class DeadlineProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called while h11's exception is handled, which says what is wrong where `msg` does not."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is under way: another cannot be put into it
+            return
+        error = bad_request(f"this is not a valid HTTP/1.1 request: {sys.exception() or msg}")
+        response = error_response(error)
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=response.status_code, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _arm(self) -> None:
         if self._deadline is None:

@@ -347,6 +347,63 @@ def test_wrong_method(served: Served) -> None:
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+POST = b"POST /v1/completions HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        (POST + b"Host: x\r\nContent-Length: many\r\n\r\n", "bad Content-Length"),
+        (POST + b"Host: x\r\nContent-Length: -1\r\n\r\n", "bad Content-Length"),
+        (POST + b"Host: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", "Content-Length"),
+        (POST + b"Content-Length: 0\r\n\r\n", "Host"),
+        (POST + b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n", "chunk header"),
+        (POST + b"Host: x\r\n\xff\x00: y\r\n\r\n", "header"),
+        (POST + b"Host: x\r\nX: " + b"x" * 100_000, "too long"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x07" * 500, "request"),  # TLS's first words
+        (
+            POST + b"Host: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "Content-Length or Transfer-Encoding, not both",
+        ),
+        (
+            b"GET /health HTTP/1.1\r\nHost: x\r\ntransfer-encoding: Chunked\r\ncontent-length: 5\r\n\r\n"
+            b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+            "Content-Length or Transfer-Encoding, not both",
+        ),
+    ],
+    ids=case_name,
+)
+def test_what_is_no_http(served: Served, sent: bytes, text: str) -> None:
+    """Is told so in OpenAI's form, once, and the connection closed."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(2**16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    assert headers[b"content-type"] == b"application/json"
+    assert headers[b"content-length"] == str(len(body)).encode()
+    assert headers[b"connection"] == b"close"
+    error = orjson.loads(body)["error"]
+    assert text.lower() in error.pop("message").lower()
+    assert error == {"type": "invalid_request_error", "param": None, "code": None}
+    served.as_new()
+
+
+def test_a_broken_body_after_the_answer_is_not_answered_again(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(2**16)
+        assert answer.startswith(b"HTTP/1.1 404")
+        connection.sendall(b"none\r\n")
+        assert connection.recv(2**16) == b""
+    assert "Fatal error" not in caplog.text
+    served.as_new()
+
+
 def test_large_bodies(serve: Serve) -> None:
     served = serve(FakeEngine(), max_body_bytes=10_000)
     body = orjson.dumps({"model": MODEL, "prompt": "a", "user": "x" * 20_000})
