@@ -1,7 +1,8 @@
 """What a decoder is: every number that its forward pass needs, read once from `config.json`.
 
-A value that jaxserve cannot honour is an error that names it; keys that do not touch inference are
-listed in `INERT`. Each model file says which of the remaining keys it reads.
+A value that jaxserve cannot honour is an error that names it, and so are two keys that say different
+things; keys that do not touch inference are listed in `INERT`, features that are absent when false in
+`OFF`. Each model file says which of the remaining keys it reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ INERT = frozenset(
     transformers_version use_cache hidden_dropout attn_implementation output_attentions
     output_hidden_states return_dict resid_pdrop embd_pdrop task_specific_params problem_type id2label
     label2id tokenizer_class finetuning_task is_decoder chunk_size_feed_forward torchscript prefix
-    license name_or_path is_llama_config transformers.js_config unsloth_fixed
+    license name_or_path is_llama_config transformers.js_config unsloth_fixed gradient_checkpointing
+    _name_or_path _commit_hash _from_model_config _flash_attn_2_enabled _attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _experts_implementation
+    """.split()
+)
+
+# Features that jaxserve has not, or not in this model: false says that they are not asked for. A key that
+# is not here may mean anything when false, as `"is_causal": false` does.
+OFF = frozenset(
+    """
+    attention_bias mlp_bias qkv_bias bias use_qk_norm qk_layernorm use_sliding_window use_mrope
+    rope_interleaved use_dynamic_ntk use_logn_attn use_bidirectional_attention add_cross_attention
+    is_encoder_decoder tie_encoder_decoder output_router_logits use_bfloat16 tf_legacy_loss
+    remove_invalid_values do_sample early_stopping output_scores return_dict_in_generate
     """.split()
 )
 
@@ -148,9 +162,8 @@ class Fields:
             key: value
             for key, value in self._config.items()
             if value is not None
-            and value is not False
+            and not (value is False and key in OFF)
             and key not in INERT
-            and not key.startswith("_")
             and not key.endswith("_version")
         }
         if left:
@@ -159,6 +172,16 @@ class Fields:
                 f"config.json has {len(left)} value(s) that jaxserve does not know how to honour: {named};"
                 " remove them if they do not change the computation"
             )
+
+
+def _agreed(values: Mapping[str, Any]) -> Any:
+    """What several keys say alike, or None where all are null."""
+    given = {key: value for key, value in values.items() if value is not None}
+    first = next(iter(given.values()), None)
+    if any(value is not first and value != first for value in given.values()):
+        named = " and ".join(f"{key}={value!r}"[:80] for key, value in given.items())
+        raise ConfigError(f"config.json: {named} differ")
+    return first
 
 
 def _number(key: str, value: Any) -> float:
@@ -229,37 +252,50 @@ def layer_windows(fields: Fields, window: int | None, first_sliding: int = 0) ->
 
 
 def _dtype(fields: Fields) -> str | None:
-    old, new = fields.take("torch_dtype"), fields.take("dtype")
-    value = old if new is None else new
+    value = _agreed({key: fields.take(key) for key in ("torch_dtype", "dtype")})
     if value is not None and value not in DTYPES:
         raise ConfigError(f"config.json: torch_dtype={value!r} is not supported; one of {', '.join(DTYPES)}")
     return value
 
 
 def _rope(fields: Fields, max_position: int) -> Rope:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before it)."""
-    name, values = "rope_parameters", fields.take("rope_parameters")
-    if values is None:
-        name, values = "rope_scaling", fields.take("rope_scaling")
-    else:
-        fields.take("rope_scaling")
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"config.json: {name}={values!r} must be an object")
-    inner = dict(values or {})
-    theta = _number("rope_theta", inner.pop("rope_theta", fields.take("rope_theta", 10000.0)))
-    fields.take("rope_theta")
-    kind = inner.pop("rope_type", None) or inner.pop("type", None) or "default"
-    inner.pop("type", None)
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before it), or both alike."""
+    thetas = {"rope_theta": fields.take("rope_theta")}
+    given: dict[str, dict[str, Any]] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        values = fields.take(name)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise ConfigError(f"config.json: {name}={values!r} must be an object")
+        given[name] = dict(values)
+        thetas[f"{name}.rope_theta"] = given[name].pop("rope_theta", None)
+    theta = _agreed(thetas)
+    theta = _number("rope_theta", 10000.0 if theta is None else theta)
+    if theta <= 1.0:
+        raise ConfigError(f"config.json: rope_theta={theta:g} must be more than 1")
+    ropes = [_scaled_rope(name, inner, theta, max_position) for name, inner in given.items()]
+    if any(rope != ropes[0] for rope in ropes):
+        raise ConfigError(f"config.json: {' and '.join(given)} differ: remove one of them")
+    return ropes[0] if ropes else Rope(theta=theta)
+
+
+def _scaled_rope(name: str, inner: dict[str, Any], theta: float, max_position: int) -> Rope:
+    """What the object called `name` asks for; `inner` is used up."""
+    kind = _agreed({f"{name}.{key}": inner.pop(key, None) for key in ("rope_type", "type")})
+    kind = "default" if kind is None else kind
     partial = inner.pop("partial_rotary_factor", 1.0)
     if partial not in (None, 1, 1.0):
         raise ConfigError(f"config.json: {name}.partial_rotary_factor={partial!r} is not supported")
-    original = inner.pop("original_max_position_embeddings", None)
-    if original is None:
-        original = max_position
-    elif isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ConfigError(
-            f"config.json: {name}.original_max_position_embeddings={original!r} must be an integer"
-        )
+
+    def original() -> int:
+        value = inner.pop("original_max_position_embeddings", None)
+        value = max_position if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"config.json: {name}.original_max_position_embeddings={value!r} must be an integer"
+            )
+        return value
 
     def number(key: str, default: float | None = None) -> float:
         value = inner.pop(key, None)
@@ -271,20 +307,19 @@ def _rope(fields: Fields, max_position: int) -> Rope:
     match kind:
         case "default":
             rope = Rope(theta=theta)
-            inner.pop("factor", None)
         case "linear":
             rope = Rope(kind, theta, number("factor"))
         case "dynamic":
             # The base grows with the sequence, and with it every key that is already cached. Up to the
             # original length it equals `default`, and `context` ends there.
             number("factor")
-            rope = Rope(kind, theta, original_max_position=min(original, max_position))
+            rope = Rope(kind, theta, original_max_position=min(original(), max_position))
         case "llama3":
             rope = Rope(
                 kind,
                 theta,
                 number("factor"),
-                original,
+                original(),
                 low_freq_factor=number("low_freq_factor"),
                 high_freq_factor=number("high_freq_factor"),
             )
@@ -305,7 +340,7 @@ def _rope(fields: Fields, max_position: int) -> Rope:
                 kind,
                 theta,
                 factor,
-                original,
+                original(),
                 beta_fast=number("beta_fast", 32.0),
                 beta_slow=number("beta_slow", 1.0),
                 truncate=truncate,

@@ -105,6 +105,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type='longrope'"),
     ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown keys: full_attention"),
+    # false is a value
+    ({"is_causal": False}, "is_causal=False"),
+    ({"use_rope": False}, "use_rope=False"),
+    ({"rope_interleaved": 0}, "rope_interleaved=0"),
+    ({"_sliding_window_pattern": 6}, "_sliding_window_pattern=6"),
+    ({"_remove_final_layer_norm": False}, "_remove_final_layer_norm=False"),
+    # two keys that say different things
+    ({"dtype": "float16", "torch_dtype": "bfloat16"}, "torch_dtype='bfloat16' and dtype='float16' differ"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": YARN},
+     "rope_parameters and rope_scaling differ"),
+    ({"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 8.0}}, "and rope_scaling differ"),
+    ({"rope_scaling": {**YARN, "type": "linear"}}, "rope_type='yarn' and rope_scaling.type='linear' differ"),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
+     "rope_theta=10000.0 and rope_parameters.rope_theta=500000.0 differ"),
+    ({"rope_scaling": {**YARN, "rope_theta": 5e5}, "rope_parameters": {**YARN, "rope_theta": 1e4}}, "differ"),
+    # a value that its kind has no use for
+    ({"rope_scaling": {"factor": 4.0}}, "type 'default' has unknown keys: factor"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "type 'default' has unknown keys: factor"),
+    ({"rope_scaling": {"type": "", "factor": 4.0}}, "rope_type='' is not supported"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}},
+     "type 'linear' has unknown keys: original_max_position_embeddings"),
+    ({"rope_theta": 1, "rope_scaling": YARN}, "rope_theta=1 must be more than 1"),
+    ({"rope_theta": 0.5}, "rope_theta=0.5 must be more than 1"),
 ]  # fmt: skip
 
 
@@ -209,7 +232,7 @@ def test_inert_keys_change_nothing() -> None:
         "architectures": ["LlamaForCausalLM"], "attention_dropout": 0.1, "bos_token_id": 1, "pad_token_id": 0,
         "eos_token_id": [1, 2], "initializer_range": 0.02, "pretraining_tp": 2, "use_cache": False,
         "transformers_version": "4.40.1", "torch_dtype": None, "_name_or_path": "somewhere/else",
-        "_attn_implementation_autoset": True, "some_new_feature": False, "another": None,
+        "_attn_implementation_autoset": True, "_commit_hash": "abc", "use_mrope": False, "another": None,
         "rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"dtype": "q4"},
         "unsloth_version": "2025.1",
     }  # fmt: skip
@@ -401,6 +424,62 @@ TINYLLAMA = """{
   "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
   "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
   "transformers_version": "4.35.0", "use_cache": true, "vocab_size": 32000}"""
+
+# What else the hub holds of these families: the keys as published, the sizes of the base model above where
+# they do not matter.
+QWEN_YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-2-7b": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
+        "use_cache": True, "vocab_size": 32000,
+    },
+    "Llama-3.2-1B-Instruct": {
+        **json.loads(LLAMA_3_1_8B), "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "rope_scaling": {**json.loads(LLAMA_3_1_8B)["rope_scaling"], "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "Mistral-Nemo-2407": {
+        **json.loads(MISTRAL_7B_V03), "head_dim": 128, "hidden_size": 5120, "num_hidden_layers": 40,
+        "max_position_embeddings": 131072, "vocab_size": 131072,
+    },
+    "Qwen2.5-7B-Instruct with its card's YaRN": {
+        **json.loads(QWEN2_5_7B), "rope_scaling": {**QWEN_YARN, "type": "yarn"},
+    },
+    "Qwen3-8B with its card's YaRN": {
+        **json.loads(QWEN3_8B), "rope_scaling": {**QWEN_YARN, "rope_type": "yarn"},
+    },
+    "Qwen3-4B-Instruct-2507": {
+        **json.loads(QWEN3_8B), "hidden_size": 2560, "intermediate_size": 9728,
+        "max_position_embeddings": 262144, "rope_theta": 5000000, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    config = config_from_hf(PUBLISHED[name])
+    kind = "llama3" if name.startswith("Llama-3") else "yarn" if "YaRN" in name else "default"
+    assert (config.rope.kind, config.num_layers) == (kind, PUBLISHED[name]["num_hidden_layers"])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("rope", ["default", "yarn", "llama3", "linear"])
+def test_what_transformers_writes_is_read(family: str, rope: str, tmp_path: Path) -> None:
+    """Every key that `save_pretrained` of the installed version leaves in the file."""
+    rope_parameters = {**ROPES[rope], "rope_theta": 1e6}
+    kind = getattr(transformers, f"{family}Config")
+    kind(rope_parameters=rope_parameters, dtype="bfloat16").save_pretrained(tmp_path)
+    full = kind(rope_parameters=rope_parameters, dtype="bfloat16").to_dict()
+    config = config_from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert (config.rope.kind, config.rope.theta, config.dtype) == (rope, 1e6, "bfloat16")
+    assert config_from_hf(full) == config
+
 
 # name -> (config.json, (V, D, F, L, N, K, H, context), theta, windows, tied, parameters in millions)
 REAL: dict[str, tuple[str, tuple[int, ...], float, int | None, bool, float]] = {
