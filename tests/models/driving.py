@@ -132,9 +132,10 @@ class Driver:
             tables[row] = cache.tables[i]
             at += count
         starts[len(chunks) :] = at
-        last = np.zeros(self.rows, np.int32)
+        last, forced = np.zeros(self.rows, np.int32), np.full(self.rows, -1, np.int32)
         sampling = np.zeros((self.rows, SAMPLING_WIDTH), np.int32)
-        return PrefillBatch(tokens, positions, slots, starts, counts, offsets, last, sampling, tables)  # type: ignore[arg-type]
+        fields = tokens, positions, slots, starts, counts, offsets, last, forced, sampling, tables
+        return PrefillBatch(*fields)  # type: ignore[arg-type]
 
     def decode(self, cache: Cache, tokens: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
         """Logits after one more token of each sequence, f32[sequences, V]. Rows stand in reverse, with idle
