@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from jaxserve._leaves import check_leaves
@@ -281,6 +281,11 @@ def _as_dict(entry: TokenLogprob) -> Logprobs:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise RequestError(
+            f"prompts must be a text, token ids, or a list of either, not {type(prompts).__name__}",
+            param="prompts",
+        )
     listed: list[Any] = list(prompts)
     if listed and not isinstance(listed[0], str | Sequence) and not hasattr(listed[0], "__len__"):
         return [listed]  # one prompt, as token ids

@@ -8,6 +8,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,15 @@ def test_generate(llm: LLM) -> None:
 def test_forms_of_one_prompt(llm: LLM, prompts: str | list[int]) -> None:
     [result] = llm.generate(prompts)
     assert result.outputs[0].text == "bcdefghijklmnopq"
+
+
+@pytest.mark.parametrize("prompts", [5, None, b"a", {"prompt": "a"}])
+def test_what_is_no_prompt_is_named(llm: LLM, prompts: Any) -> None:
+    kind = type(prompts).__name__
+    with pytest.raises(
+        RequestError, match=f"prompts must be a text, token ids, or a list of either, not {kind}"
+    ):
+        llm.generate(prompts)
 
 
 def test_params_for_each(llm: LLM) -> None:

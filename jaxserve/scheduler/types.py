@@ -42,6 +42,8 @@ class RequestError(ValueError):
 class SamplingParams:
     """How tokens are drawn and when a sequence ends. Raises `RequestError` naming the field.
 
+    numpy's scalars are taken as the Python numbers they hold.
+
     temperature: 0 is greedy; logits are divided by it otherwise.
     top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
     top_k: keep the k likeliest; 0 or -1 keeps all.
@@ -84,6 +86,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         stop: object = self.stop
         if isinstance(stop, str):
             object.__setattr__(self, "stop", (stop,))
@@ -143,7 +147,8 @@ class SamplingParams:
             return
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller keeps its own
+        bias = {_plain(token): _plain(value) for token, value in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", bias)  # the caller keeps its own
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
@@ -166,6 +171,11 @@ class SamplingParams:
         return max(self.n, self.best_of or 1)
 
 
+def _plain(value: Any) -> Any:
+    """A numpy scalar as the Python value it holds; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _number(params: SamplingParams, name: str, low: float, high: float, *, low_open: bool = False) -> None:
     value = getattr(params, name)
     # bool is an int in Python; `temperature=True` is a mistake, not 1.0
@@ -182,7 +192,7 @@ def _tuple(params: SamplingParams, name: str) -> None:
     value = getattr(params, name)
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise RequestError(f"{name}={value!r} must be a list", param=name)
-    object.__setattr__(params, name, tuple(value))
+    object.__setattr__(params, name, tuple(map(_plain, value)))
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int, *, optional: bool = False) -> None:

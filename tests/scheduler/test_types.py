@@ -196,6 +196,27 @@ def test_params_are_normalised_and_the_callers_own() -> None:
     assert SamplingParams(temperature=0).greedy and not SamplingParams(temperature=0.1).greedy
 
 
+def test_numpy_scalars_become_python_numbers() -> None:
+    values: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "seed": 7, "max_tokens": 4, "ignore_eos": True}
+    scalars = [np.float32(0.5), np.int64(3), np.uint64(7), np.int32(4), np.bool_(True)]
+    ids = {"stop_token_ids": (5, 6), "allowed_token_ids": (1, 2), "logit_bias": {1: 2.0}}
+    arrays: dict[str, Any] = {
+        "stop_token_ids": np.array([5, 6]),
+        "allowed_token_ids": np.array([1, 2], np.int32),
+        "logit_bias": {np.int64(1): np.float32(2.0)},
+    }
+    params = SamplingParams(**dict(zip(values, scalars, strict=True)), **arrays)
+    assert params == SamplingParams(**values, **ids)
+    assert repr(params) == repr(SamplingParams(**values, **ids))  # np.int64(3) == 3, but is not written so
+    for field, value in {
+        "temperature": np.float32("nan"),
+        "n": np.bool_(True),
+        "top_k": np.float64(3),
+    }.items():
+        with pytest.raises(RequestError, match=field):
+            SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
 def test_the_callers_array_is_copied() -> None:
     prompt = np.asarray([1, 2, 3], np.int32)
     request = check(prompt)
