@@ -27,6 +27,7 @@ class Stream:
                 tokenizer, request.prompt_token_ids.tolist(), skip_special_tokens=params.skip_special_tokens
             )
         self._stops = StopStrings(params.stop)
+        self._unsearched = params.min_tokens  # tokens to come whose text may not hold a stop string
         self._logprobs = params.logprobs
         self._own_stops = frozenset(params.stop_token_ids)
         self._ranked = params.sequences > params.n  # the best n are chosen by this
@@ -81,6 +82,9 @@ class Stream:
             text = self._detokenizer.push(token)
         if finish is not None:
             text += self._detokenizer.flush()
+        if self._unsearched > 0:
+            self._unsearched -= 1
+            return text, None
         text, stopped = self._stops.push(text)
         if stopped is None and finish is not None:
             text += self._stops.flush()

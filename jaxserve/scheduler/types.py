@@ -52,7 +52,7 @@ class SamplingParams:
     best_of: draw this many and return the `n` likeliest; at least `n`, and 1 when greedy (OpenAI's old API).
     seed: 0 <= seed < 2**63; None draws one.
     max_tokens: None means what is left of the context.
-    min_tokens: stop tokens cannot be drawn before this many.
+    min_tokens: stop tokens cannot be drawn before this many, and text before is not searched for `stop`.
     stop: strings that end the text and are not part of it.
     stop_token_ids: tokens that end the sequence, besides the model's own end tokens.
     presence_penalty, frequency_penalty: in [-2, 2], over the generated tokens (OpenAI's formula).
