@@ -2,13 +2,31 @@
 
 A field's name is its flag (`max_model_len` is `--max-model-len`) and its environment variable
 (`JAXSERVE_MAX_MODEL_LEN`). Each is complete when made; what depends on the model or the machine is
-decided in `build.py`. Knows nothing of jax.
+decided in `build.py`. A value of a wrong type or choice is a ValueError that names the flag. Knows nothing
+of jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def _check_types(options: Any) -> None:
+    """Raises ValueError naming the flag whose value is none that its field declares."""
+    for name, declared in get_type_hints(type(options)).items():
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if get_origin(declared) is Literal:
+            if value not in get_args(declared):
+                raise ValueError(f"{flag}={value!r} must be one of {', '.join(get_args(declared))}")
+            continue
+        kinds = get_args(declared) or (declared,)  # of `int | None` both
+        if float in kinds:
+            kinds += (int,)
+        # bool is an int in Python; `max_slots=True` is a mistake, not 1
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            word = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kinds[0]]
+            raise ValueError(f"{flag}={value!r} must be {word}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,6 +77,10 @@ class EngineOptions:
     response_cache: int = 0
 
     def __post_init__(self) -> None:
+        from sharding.mesh import parse_mesh  # late: `LLM` first checks that this package is ours
+
+        _check_types(self)
+        parse_mesh(self.mesh)
         for name, low, high in (
             ("max_slots", 1, 4096),
             ("page_size", 8, 1024),
@@ -112,5 +134,6 @@ class ServerOptions:
     service_tier: Literal["default", "flex"] = "default"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port={self.port} must lie in [0, 65535]")

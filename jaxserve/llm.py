@@ -85,8 +85,8 @@ class LLM:
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(f"LLM() has no option {', '.join(unknown)}; there are: {', '.join(known)}")
-        engine_options = EngineOptions(**options)
         check_leaves()
+        engine_options = EngineOptions(**options)
         from jaxserve.build import build_serving  # imports jax, which takes a second
 
         self._numbers = itertools.count()

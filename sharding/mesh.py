@@ -1,12 +1,18 @@
-"""From `data=1,tensor=4,expert=1` to a `jax.sharding.Mesh`. One device is a mesh of one."""
+"""From `data=1,tensor=4,expert=1` to a `jax.sharding.Mesh`. One device is a mesh of one.
+
+Only `make_mesh` imports jax: the command line reads a shape before it pays for that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 AXES = ("data", "tensor", "expert")
 
@@ -44,6 +50,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 
     Raises ValueError when there are too few.
     """
+    import jax
+
     devices = jax.devices() if devices is None else devices
     if shape.devices > len(devices):
         raise ValueError(f"--mesh asks for {shape.devices} devices ({shape}); there are {len(devices)}")

@@ -43,7 +43,7 @@ RIGHT_OF = {
     "jaxserve.memory": set(),
     "jaxserve.engine": {"jaxserve.scheduler", "jaxserve.models", "jaxserve.text"},
     "jaxserve.models": {"pallas_kernels", "sharding"},
-    "jaxserve.config": set(),
+    "jaxserve.config": {"sharding"},  # how a mesh is spelled, without jax
     "jaxserve._leaves": set(),
     "jaxserve.scheduler": set(),
     "jaxserve.text": set(),
@@ -133,6 +133,7 @@ LIGHT = {
     "jaxserve": ("jax", "numpy", "tokenizers", "starlette"),
     "jaxserve.cli.main": ("jax", "numpy", "tokenizers", "starlette"),
     "jaxserve.text.tokenizer": ("jax", "starlette"),
+    "sharding.mesh": ("jax",),
 }
 
 

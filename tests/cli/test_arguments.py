@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from jaxserve.cli.arguments import field_docs, parse
 from jaxserve.cli.generate import GenerateArguments
 from jaxserve.cli.main import LATER_COMMANDS, LATER_FLAGS, main
 from jaxserve.cli.serve import ServeArguments
-from jaxserve.config import EngineOptions
+from jaxserve.config import EngineOptions, ServerOptions
 from tests.cli.harness import ROOT, environment
 
 
@@ -72,8 +74,39 @@ def test_the_chunk_follows_the_objective_unless_it_is_given() -> None:
     assert serve().engine.chunk_tokens == 512
     assert serve("--objective", "latency").engine.chunk_tokens == 128
     assert serve("--objective", "latency", "--prefill-chunk", "64").engine.chunk_tokens == 64
-    with pytest.raises(TypeError):
-        EngineOptions(max_slots=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("load_format", "dumy", "--load-format='dumy' must be one of auto, dummy"),
+        ("dtype", "int3", "--dtype='int3' must be one of auto, bfloat16, float16, float32"),
+        ("dtype", None, "--dtype=None must be one of"),
+        ("objective", ["latency"], "--objective=['latency'] must be one of throughput, latency"),
+        ("max_slots", None, "--max-slots=None must be an integer"),
+        ("max_slots", True, "--max-slots=True must be an integer"),
+        ("page_size", 64.0, "--page-size=64.0 must be an integer"),
+        ("max_model_len", 1.5, "--max-model-len=1.5 must be an integer"),
+        ("kv_pages", "9", "--kv-pages='9' must be an integer"),
+        ("overcommit", True, "--overcommit=True must be a number"),
+        ("memory_fraction", "half", "--memory-fraction='half' must be a number"),
+        ("reproducible", "no", "--reproducible='no' must be true or false"),
+        ("mesh", 2, "--mesh=2 must be a text"),
+        ("mesh", "foo=2", "--mesh 'foo=2': 'foo' is not an axis"),
+    ],
+)
+def test_options_of_a_wrong_type_or_choice_are_named(name: str, value: Any, message: str) -> None:
+    """`LLM` has no parser before it, as the command line has."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineOptions(**{name: value})
+    EngineOptions(overcommit=2, max_model_len=None)
+
+
+def test_server_options_likewise() -> None:
+    with pytest.raises(ValueError, match="--service-tier='fast' must be one of default, flex"):
+        ServerOptions(service_tier="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--port=8000.0 must be an integer"):
+        ServerOptions(port=8000.0)  # type: ignore[arg-type]
 
 
 def test_stop_may_be_repeated() -> None:
@@ -102,6 +135,9 @@ def test_stop_may_be_repeated() -> None:
         (["--service-tier", "scale"], {}, "--service-tier"),
         ([], {"JAXSERVE_REPRODUCIBLE": "perhaps"}, "JAXSERVE_REPRODUCIBLE='perhaps' must be 1 or 0"),
         (["--dtype", "int3"], {}, "--dtype"),
+        (["--mesh", "foo=2"], {}, "--mesh 'foo=2': 'foo' is not an axis; they are data, tensor, expert"),
+        (["--mesh", "tensor=0"], {}, "--mesh 'tensor=0': 'tensor=0' must be tensor=N with N at least 1"),
+        ([], {"JAXSERVE_MESH": "2"}, "--mesh '2': '2' is not an axis"),
         (["--nonsense", "1"], {}, "--nonsense"),
         (["a", "b"], {}, "b"),
         ([], {"JAXSERVE_MAX_SLOTS": "x"}, "from the environment: JAXSERVE_MAX_SLOTS"),
@@ -192,11 +228,18 @@ def test_every_engine_option_has_a_help_text() -> None:
     assert docs["memory_fraction"].endswith("that weights, pool and programs may take.")
 
 
-def test_a_shadowed_leaf_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from jaxserve.cli.main import main; raise SystemExit(main(['serve']))",
+        "import jaxserve; jaxserve.LLM(max_slots=3)",
+    ],
+)
+def test_a_shadowed_leaf_is_named(program: str, tmp_path: Path) -> None:
     """A user's own `sharding.py` beside what runs is found before ours; we say so, and where it is."""
     (tmp_path / "sharding.py").write_text("raise RuntimeError('the wrong one')\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from jaxserve.cli.main import main; raise SystemExit(main(['serve']))"],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
