@@ -30,6 +30,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.programs import Programs, device_bytes
 from jaxserve.engine.state import StateShape, abstract_state, new_state, page_bytes
 from jaxserve.engine.step import Steps
+from jaxserve.generation_defaults import unused_sampling_fields
 from jaxserve.memory import memory_limit
 from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout
@@ -133,6 +134,8 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     checkpoint = None if options.load_format == "dummy" else open_weights(decoder, loaded.folder)
     tokenizer = _tokenizer(loaded.folder, progress)
     defaults = sampling_defaults(loaded.folder)
+    if unused := unused_sampling_fields(loaded.folder):
+        progress(f"warning: generation_config.json sets {', '.join(unused)}, which jaxserve does not apply")
     params = abstract_params(decoder, mesh, layout)
     pages_per_slot = -(-loaded.max_model_len // options.page_size)
     steps = Steps(decoder, mesh, pages_per_slot)
