@@ -1,4 +1,4 @@
-"""Trains the embedded model: `python -m checkpoints.embedded.train --steps 3600`.
+"""Trains the embedded model: `python -m checkpoints.embedded.train --steps 10500`.
 
 1. Reads the running Python's standard library, sets the held-out modules aside, trains the tokenizer
    (data.py).
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m checkpoints.embedded.train", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--steps", type=int, default=3600, help="of 2 windows of 1,024 tokens (default %(default)s)"
+        "--steps", type=int, default=10500, help="of 2 windows of 1,024 tokens (default %(default)s)"
     )
     parser.add_argument("--workdir", type=Path, default=DEFAULT_WORKDIR, help="checkpoints and tokenizer")
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the Hugging Face folder to write")
