@@ -105,7 +105,7 @@ def test_options_of_a_wrong_type_or_choice_are_named(name: str, value: Any, mess
 def test_server_options_likewise() -> None:
     with pytest.raises(ValueError, match="--service-tier='fast' must be one of default, flex"):
         ServerOptions(service_tier="fast")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--port=8000.0 must be an integer"):
+    with pytest.raises(ValueError, match=r"--port=8000\.0 must be an integer"):
         ServerOptions(port=8000.0)  # type: ignore[arg-type]
 
 
