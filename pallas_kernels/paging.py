@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # a score that loses to any real one; -inf would make inf - inf in an empty row
-BLOCK = 128  # cached positions read at a time
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -28,8 +27,9 @@ def write_tokens(
     return flat.at[rows, offsets].set(kv, mode="drop").reshape(pool.shape)
 
 
-def pages_per_block(pool: Float[Array, "L P page C"], table_width: int) -> int:
-    return max(1, min(BLOCK // pool.shape[2], table_width))
+def pages_per_block(pool: Float[Array, "L P page C"], table_width: int, positions: int) -> int:
+    """Pages to read at a time so that they hold about so many positions."""
+    return max(1, min(positions // pool.shape[2], table_width))
 
 
 def pad_table(table: Int[Array, "B PP"], multiple: int) -> Int[Array, "B PP"]:

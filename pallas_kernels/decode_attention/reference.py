@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paging import MASKED, pad_table, pages_per_block, precision, read_pages, write_tokens
 
+BLOCK = 64  # cached positions at a time: at 32 rows of 160 positions a fifth faster on CPU than 128
+
 
 def decode_attention(
     q: Float[Array, "B N H"],
@@ -36,7 +38,7 @@ def decode_attention(
     own_page = jnp.take_along_axis(table, (last // page)[:, None], axis=1)[:, 0]
     pool = write_tokens(pool, kv, layer, jnp.where(lengths > 0, own_page, -1), last % page)
 
-    per_block = pages_per_block(pool, table.shape[1])
+    per_block = pages_per_block(pool, table.shape[1], BLOCK)
     block = per_block * page  # S
     table = pad_table(table, per_block)
     query = q.reshape(rows, kv_heads, group, size)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.paging import MASKED, pad_table, pages_per_block, precision, read_pages, write_tokens
 
 QUERY_BLOCK = 128  # packed query tokens at a time
+KEY_BLOCK = 128  # cached positions at a time
 
 
 def prefill_attention(
@@ -43,7 +44,7 @@ def prefill_attention(
     queries = min(QUERY_BLOCK, tokens)
     if tokens % queries:
         raise ValueError(f"{tokens=} packed tokens must be a multiple of {queries}")
-    per_block = pages_per_block(pool, table.shape[1])
+    per_block = pages_per_block(pool, table.shape[1], KEY_BLOCK)
     block = per_block * page  # S
     table = pad_table(table, per_block)
     dot: dict[str, Any] = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
