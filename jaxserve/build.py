@@ -37,8 +37,9 @@ from jaxserve.models.decoder import Decoder, Layout
 from jaxserve.protocols import EngineLike
 from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.types import Limits, SamplingParams, check_request
+from jaxserve.scheduler.types import Limits, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.warm_up import warm_up
 from jaxserve.weights import (
     abstract_params,
     dummy_params,
@@ -302,11 +303,13 @@ def build_engine(
             "max_model_len": plan.loaded.max_model_len,
         },
     )
-    rate = warm_up(engine)
-    engine.facts["warmup_tokens_per_second"] = rate
+    speed = warm_up(engine)
+    engine.facts["warmup_tokens_per_second"] = speed.slots / speed.step
+    engine.facts["chunk_seconds"], engine.facts["step_seconds"] = speed.chunk, speed.step
     seconds = time.perf_counter() - begin
     engine.facts["startup_seconds"] = seconds
-    progress(f"warm: {rate:.0f} tokens/s over {shape.max_slots} slots, {seconds:.1f} s in all")
+    progress(speed.describe(options.objective))
+    progress(f"warm after {seconds:.1f} s")
     return engine
 
 
@@ -358,26 +361,6 @@ def _tokenizer(folder: Path, progress: Progress) -> Tokenizer | None:
         return Tokenizer.from_folder(folder)
     progress(f"warning: {folder} has no tokenizer.json; prompts must be token ids, and replies have no text")
     return None
-
-
-def warm_up(engine: Engine) -> float:
-    """Runs every slot for a few tokens; returns the tokens/s of its decode steps with the slots full."""
-    slots, length = engine.facts["slots"], engine.limits.max_model_len
-    new_tokens = min(16, length - 1)
-    prompt_len = max(1, min(16, length - new_tokens))
-    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-    for i in range(slots):
-        prompt = np.arange(i, i + prompt_len) % engine.limits.vocab_size
-        request = check_request(f"warm-up-{i}", prompt, params, engine.limits, time.monotonic())
-        engine.submit(request, lambda output: None)
-    while engine.stats()["waiting"] or engine.stats()["generation_tokens_total"] < slots:
-        engine.step()
-    tokens, begin = engine.stats()["generation_tokens_total"], time.perf_counter()
-    while engine.step():
-        pass
-    rate = (engine.stats()["generation_tokens_total"] - tokens) / (time.perf_counter() - begin)
-    engine.reset_counters()
-    return rate
 
 
 def dry_run(model: str | None, options: EngineOptions, progress: Progress = lambda line: None) -> str:

@@ -89,7 +89,15 @@ def greedy(client: openai.OpenAI) -> str:
 
 def test_it_says_what_it_does_while_it_starts(server: Server) -> None:
     printed = server.printed()
-    for words in ("compiled program 1 of", "weights in place", "warm: ", server.url, "curl", "tokens/s"):
+    for words in (
+        "compiled program 1 of",
+        "weights in place",
+        "objective throughput: ",
+        "warm after",
+        server.url,
+        "curl",
+        "tokens/s",
+    ):
         assert words in printed, printed
     assert [model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]] == [MODEL]
 

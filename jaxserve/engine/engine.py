@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxserve.engine import batch
 from jaxserve.engine.outputs import EngineBusy, Output, Sink
@@ -27,7 +28,7 @@ from jaxserve.engine.programs import Key, Programs, bucket_for
 from jaxserve.engine.state import EngineState
 from jaxserve.engine.streams import Stream
 from jaxserve.models.decoder import Params
-from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.scheduler import Event, Scheduler
 from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -348,48 +349,49 @@ class Engine:
                 start += len(row.tokens)
             flight.prompt_logprobs = self._programs["prompt_logprobs", bucket](self._params, hidden, targets)
 
-    def _read(self, flight: _Flight) -> tuple[batch.Results, batch.Results]:
-        """Results of the plan's rows (prefill, then decode step by step), and of its prompts' tokens."""
+    def _read(self, flight: _Flight, *arrays: jax.Array | None) -> list[NDArray[np.int32]]:
+        """Waits for results, each i32[.., RESULT_WIDTH]; an empty array for None."""
         begin = time.perf_counter()
         self._waits_for = (time.monotonic(), flight)
-        arrays = [
-            None if array is None else np.asarray(array)
-            for array in (flight.prefill, flight.decode, flight.prompt_logprobs)
-        ]
+        none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
+        read = [none if array is None else np.asarray(array) for array in arrays]
         self._waits_for = None
         self.times.wait += time.perf_counter() - begin
-        none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
-        prefill, decode, prompt = arrays
-        prefill = none if prefill is None else prefill[: len(flight.plan.prefill)]
-        rows = flight.plan.decode
-        if decode is None or rows is None:
-            decode = none
-        else:
-            decode = decode[: rows.steps, : len(rows.slots)].reshape(-1, batch.RESULT_WIDTH)
-        return (
-            batch.unpack_results(np.concatenate([prefill, decode])),
-            batch.unpack_results(none if prompt is None else prompt),
-        )
+        return read
 
     def _commit(self, flight: _Flight) -> None:
+        """First tokens are read and sent while the step's decode still runs."""
         plan = flight.plan
-        results, prompt_results = self._read(flight)
-        split = len(plan.prefill)
-        decoded = results.tokens[split:].reshape(1 if plan.decode is None else plan.decode.steps, -1)
-        events = self.scheduler.commit(plan, results.tokens[:split], decoded)
-        starts = np.cumsum([0, *(len(row.tokens) for row in plan.prefill)])
+        if plan.prefill:
+            prefill, prompt = self._read(flight, flight.prefill, flight.prompt_logprobs)
+            results = batch.unpack_results(prefill[: len(plan.prefill)])
+            events = self.scheduler.commit_prefill(plan, results.tokens)
+            prompt_results = batch.unpack_results(prompt)
+            starts = np.cumsum([0, *(len(row.tokens) for row in plan.prefill)])
+            for sequence, _, i, _ in events:
+                if plan.prefill[i].targets is not None:
+                    stream = self._streams[sequence]
+                    if plan.prefill[i].first:
+                        stream.begin_prompt_logprobs()
+                    stream.prompt_logprobs(prompt_results, int(starts[i]), len(plan.prefill[i].tokens))
+            self._send(events, results, 0)
+        (decode,) = self._read(flight, flight.decode)
+        if plan.decode is not None:
+            decode = decode[: plan.decode.steps, : len(plan.decode.slots)]
+        results = batch.unpack_results(decode.reshape(-1, batch.RESULT_WIDTH))
+        drawn = results.tokens.reshape(decode.shape[:-1])
+        self._send(self.scheduler.commit_decode(plan, drawn), results, len(plan.prefill))
+
+    def _send(self, events: list[Event], results: batch.Results, first: int) -> None:
+        """first: the row of the plan that comes first in `results`."""
         for sequence, token, row, finish in events:
+            if token < 0 and finish is None:
+                continue
             stream = self._streams.get(sequence)
             if stream is None:  # a stop string ended it at an earlier event of this very step
                 continue
-            if row < split and plan.prefill[row].targets is not None:
-                if plan.prefill[row].first:
-                    stream.begin_prompt_logprobs()
-                stream.prompt_logprobs(prompt_results, int(starts[row]), len(plan.prefill[row].tokens))
-            if token < 0 and finish is None:
-                continue
             self._totals["generation_tokens_total"] += token >= 0
-            if stream.push(token, finish, results, row):
+            if stream.push(token, finish, results, row - first):
                 self.scheduler.finish(sequence, Finish.STOP)
                 finish = Finish.STOP
             if finish is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import collections
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,14 @@ NO_TOKEN = -1
 #     len(prefill) + step * len(decode.slots) + i.
 # finish: set in the sequence's last event, else None. A plain tuple, because a step makes up to max_slots.
 Event = tuple[Sequence, int, int, Finish | None]
+
+
+class _InFlight(NamedTuple):
+    """A plan that is not committed yet: whom its rows were for. A slot has another epoch with each owner."""
+
+    step: int
+    prefill_epochs: list[int]
+    decode_epochs: NDArray[np.int64] | None
 
 
 class Scheduler:
@@ -131,10 +140,7 @@ class Scheduler:
         self._changes = 0  # raised by whatever may turn a refusal into an admission
         self._refused: dict[Tier, tuple[Sequence, int]] = {}  # the first in its queue, and `_changes` then
         self._no_page: list[int] = []  # slots that cannot decode in the plan being made
-        # (step, epoch of each prefill row's slot, of each decode row's slot) of the plans not committed yet
-        self._in_flight: collections.deque[tuple[int, list[int], NDArray[np.int64] | None]] = (
-            collections.deque()
-        )
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._counts = {f"{what}_{tier}": 0 for what in ("running", "waiting", "preempted") for tier in Tier}
         self._waiting_tokens = 0
         self._totals = dict.fromkeys(("prefix_queries_tokens", "prefix_hit_tokens", "preemptions"), 0)
@@ -339,7 +345,8 @@ class Scheduler:
             self._steps += 1
             epoch = self._slots.epoch
             decode_epochs = None if decode is None else epoch[decode.slots]
-            self._in_flight.append((plan.step, [int(epoch[row.slot]) for row in prefill], decode_epochs))
+            prefill_epochs = [int(epoch[row.slot]) for row in prefill]
+            self._in_flight.append(_InFlight(plan.step, prefill_epochs, decode_epochs))
         return plan
 
     # -- admission
@@ -594,44 +601,57 @@ class Scheduler:
     def commit(
         self, plan: StepPlan, prefill_tokens: NDArray[np.int32], decode_tokens: NDArray[np.int32]
     ) -> list[Event]:
-        """Takes in the tokens of the oldest plan in flight: one event per row whose sequence still lives, but
-        none for decode rows that replay.
+        """`commit_prefill`, then `commit_decode`."""
+        if plan.empty:
+            return []
+        return self.commit_prefill(plan, prefill_tokens) + self.commit_decode(plan, decode_tokens)
 
-        prefill_tokens: i32[len(plan.prefill)], read where a row has `last`.
-        decode_tokens: i32[plan.decode.steps, len(plan.decode.slots)]; i32[slots] will do for one step, and
-            anything empty where there are no rows. NO_TOKEN: the device had ended that sequence.
+    def commit_prefill(self, plan: StepPlan, tokens: NDArray[np.int32]) -> list[Event]:
+        """Takes in what the prefill of the oldest plan in flight drew: one event per row whose sequence still
+        lives. `commit_decode` must follow; what is cancelled or ends in between has no event there.
+
+        tokens: i32[len(plan.prefill)], read where a row has `last`.
 
         Sequences end with STOP at a stop token (the device cannot draw one before `min_tokens`) and with
-        LENGTH at the limit; their slots and pages are free when this returns. A sequence whose prompt ended
-        in this plan can have two events, prefill then decode; if the engine ends it at the first (a stop
-        string), it drops the second.
+        LENGTH at the limit; their slots and pages are free when this returns.
 
-        Raises ValueError for plans out of order or arrays of a wrong length, and RuntimeError if the device
+        Raises ValueError for plans out of order or an array of a wrong length, and RuntimeError if the device
         ended a sequence that lives here (the two would wait for each other for ever) or yielded another token
         than it was made to.
         """
-        if plan.empty:
-            return []
-        if not self._in_flight or self._in_flight[0][0] != plan.step:
-            oldest = self._in_flight[0][0] if self._in_flight else None
-            raise ValueError(f"plan {plan.step} was committed out of turn; the oldest in flight is {oldest}")
+        flight = self._oldest(plan)
+        if len(tokens) != len(plan.prefill):
+            raise ValueError(f"{len(tokens)} tokens for a plan with {len(plan.prefill)} prefill rows")
+        events: list[Event] = []
+        for i, (row, epoch) in enumerate(zip(plan.prefill, flight.prefill_epochs, strict=True)):
+            if self._slots.epoch[row.slot] == epoch:
+                events.append(self._commit_prefill(i, row, int(tokens[i])))
+        return events
+
+    def commit_decode(self, plan: StepPlan, tokens: NDArray[np.int32]) -> list[Event]:
+        """Likewise what its decode drew, and the plan is done: one event for each row and step of a sequence
+        that still lives, but none where it replays.
+
+        tokens: i32[plan.decode.steps, len(plan.decode.slots)]; i32[slots] will do for one step, and anything
+            empty where there are no rows. NO_TOKEN: the device had ended that sequence.
+        """
+        flight = self._oldest(plan)
         steps, slots = (0, 0) if plan.decode is None else (plan.decode.steps, len(plan.decode.slots))
         shapes = {(steps, slots), (slots,)} if steps == 1 else {(steps, slots)}
-        decode_fits = decode_tokens.shape in shapes if slots else not decode_tokens.size
-        if len(prefill_tokens) != len(plan.prefill) or not decode_fits:
-            raise ValueError(
-                f"{len(prefill_tokens)=} {decode_tokens.shape=} for a plan with {len(plan.prefill)}"
-                f" prefill rows and {steps} steps of {slots} decode rows"
-            )
-        _, prefill_epochs, decode_epochs = self._in_flight.popleft()
+        if tokens.shape not in shapes if slots else tokens.size:
+            raise ValueError(f"{tokens.shape=} for a plan with {steps} steps of {slots} decode rows")
+        self._in_flight.popleft()
         events: list[Event] = []
-        for i, (row, epoch) in enumerate(zip(plan.prefill, prefill_epochs, strict=True)):
-            if self._slots.epoch[row.slot] == epoch:
-                events.append(self._commit_prefill(i, row, int(prefill_tokens[i])))
-        if decode_epochs is not None:
-            for step, tokens in enumerate(decode_tokens.reshape(steps, slots)):
-                self._commit_decode(events, plan, step, decode_epochs, tokens)
+        if flight.decode_epochs is not None:
+            for step, drawn in enumerate(tokens.reshape(steps, slots)):
+                self._commit_decode(events, plan, step, flight.decode_epochs, drawn)
         return events
+
+    def _oldest(self, plan: StepPlan) -> _InFlight:
+        if not self._in_flight or self._in_flight[0].step != plan.step:
+            oldest = self._in_flight[0].step if self._in_flight else None
+            raise ValueError(f"plan {plan.step} was committed out of turn; the oldest in flight is {oldest}")
+        return self._in_flight[0]
 
     def _commit_prefill(self, i: int, row: PrefillRow, token: int) -> Event:
         sequence: Sequence = self._slots.sequences[row.slot]

@@ -193,6 +193,32 @@ def test_a_thread_serves_others_and_a_failure_reaches_everyone(tiny_folder, monk
     engine.close()
 
 
+def test_a_first_token_is_sent_before_the_steps_decode_is_read(engine, ask, monkeypatch):
+    order: list[str] = []
+    read = engine._read
+
+    def watched(flight, *arrays):
+        results = read(flight, *arrays)
+        order.append("decode read" if arrays[0] is flight.decode else "prefill read")
+        return results
+
+    monkeypatch.setattr(engine, "_read", watched)
+    reply = ask([1, 2, 3], max_tokens=2)
+    monkeypatch.setattr(reply, "outputs", Watched(order))
+    while engine.step():
+        pass
+    # both tokens are of one plan: its prefill draws the first, its decode the second
+    assert order[:4] == ["prefill read", "token", "decode read", "token"]
+
+
+class Watched(list[Output]):
+    def __init__(self, order: list[str]) -> None:
+        self._order = order
+
+    def append(self, output: Output) -> None:
+        self._order += ["token"] * len(output.token_ids)
+
+
 def test_host_and_device_time_can_be_told_apart(engine, ask):
     for prompt in prompts(16, seed=11, high=30):
         ask(prompt, max_tokens=40)

@@ -283,7 +283,7 @@ def test_a_row_that_stops_too_early_is_found_out() -> None:
     commit(it, it.plan())
     with pytest.raises(RuntimeError, match="ended a sequence that still lives"):
         it.commit(it.plan(), EMPTY, np.asarray([[51], [NO_TOKEN]], np.int32))
-    with pytest.raises(ValueError, match=r"decode_tokens.shape=\(1,\) for a plan with 0 prefill rows and 2 "):
+    with pytest.raises(ValueError, match=r"tokens.shape=\(1,\) for a plan with 2 steps of 1 "):
         it = scheduler(multi_step=2)
         it.add(request("a", 3, 9), [0])
         commit(it, it.plan())

@@ -158,7 +158,7 @@ def test_what_the_device_and_the_engine_may_not_do() -> None:
     plan0, plan1 = it.plan(), it.plan()
     with pytest.raises(ValueError, match="plan 1 was committed out of turn; the oldest in flight is 0"):
         commit(it, plan1)
-    with pytest.raises(ValueError, match=r"len\(prefill_tokens\)=0 decode_tokens.shape=\(1,\) for a plan"):
+    with pytest.raises(ValueError, match="0 tokens for a plan with 1 prefill rows"):
         it.commit(plan0, np.zeros(0, np.int32), np.zeros(1, np.int32))
     commit(it, plan0)
     with pytest.raises(RuntimeError, match="the device ended a sequence that still lives"):

@@ -1,0 +1,61 @@
+"""The first run of the programs, before anybody waits for them: it says what the machine does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+import numpy as np
+
+from jaxserve.engine.engine import Engine
+from jaxserve.scheduler.types import SamplingParams, check_request
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Measured, in seconds: a decode step with every slot full, and a prefill of one whole chunk."""
+
+    slots: int
+    step: float
+    chunk_tokens: int
+    chunk: float
+
+    def describe(self, objective: str) -> str:
+        """What the objective trades: time to first token, time between tokens, throughput."""
+        return (
+            f"objective {objective}: {self.chunk_tokens} prompt tokens in {1e3 * self.chunk:.1f} ms"
+            f" ({self.chunk_tokens / self.chunk:.0f} tokens/s) are the least time to their first token;"
+            f" tokens {1e3 * self.step:.1f} ms apart with {self.slots} slots full"
+            f" ({self.slots / self.step:.0f} tokens/s),"
+            f" at most {1e3 * (self.step + self.chunk):.1f} ms while prompts come in"
+        )
+
+
+def warm_up(engine: Engine) -> Speed:
+    """Runs every slot for a few tokens and a whole chunk of prompt, and times them."""
+    slots, length = engine.facts["slots"], engine.limits.max_model_len
+    vocab, chunk = engine.limits.vocab_size, min(engine.scheduler.prefill_chunk, length - 1)
+    numbers = itertools.count()
+
+    def submit(prompt_len: int, new_tokens: int) -> None:
+        i = next(numbers)
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        prompt = np.arange(i, i + prompt_len) % vocab
+        request = check_request(f"warm-up-{i}", prompt, params, engine.limits, time.monotonic())
+        engine.submit(request, lambda output: None)
+
+    new_tokens = min(16, length - 1)
+    for _ in range(slots):
+        submit(max(1, min(16, length - new_tokens)), new_tokens)
+    while engine.stats()["waiting"] or engine.stats()["generation_tokens_total"] < slots:
+        engine.step()
+    tokens, begin = engine.stats()["generation_tokens_total"], time.perf_counter()
+    while engine.step():
+        pass
+    rate = (engine.stats()["generation_tokens_total"] - tokens) / (time.perf_counter() - begin)
+    for _ in range(2):  # the first may still touch new memory
+        submit(chunk, 1)
+        seconds = sum(engine.step_apart())
+    engine.reset_counters()
+    return Speed(slots, slots / rate, chunk, seconds)
