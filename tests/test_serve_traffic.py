@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +20,7 @@ import pytest
 
 from tests.serving import Server, started
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "jaxserve-embedded"
 SLOTS, QUEUED = 4, 8
 ARGS = ["--max-slots", str(SLOTS), "--prefill-chunk", "64", "--max-model-len", "512", "--page-size", "16"]
@@ -157,3 +163,15 @@ def test_many_leave_in_every_state(server: Server) -> None:
         thread.join()
     assert replies == [expected] * 10
     server.settle()
+
+
+@pytest.mark.slow
+def test_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A minute of what `benchmarks/endurance.py` does for an hour."""
+    command = [sys.executable, "-m", "benchmarks.endurance"]
+    options = ["--seconds", "40", "--every", "2", "--clients", "12"]
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=env)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["healthy"], (report["result"] | {"readings": None}, done.stderr)
+    assert report["result"]["counts"]["left"] and report["result"]["counts"]["200"]
