@@ -21,7 +21,7 @@ import jaxlib.version
 import numpy as np
 from jax.sharding import Mesh
 
-from checkpoints import huggingface
+from checkpoints import huggingface, remote
 from checkpoints.embedded import MODEL_DIR
 from jaxserve import __version__, models
 from jaxserve.config import EngineOptions
@@ -34,6 +34,7 @@ from jaxserve.generation_defaults import unused_sampling_fields
 from jaxserve.memory import memory_limit
 from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.models.moe import check_mesh
 from jaxserve.protocols import EngineLike
 from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
@@ -41,6 +42,7 @@ from jaxserve.scheduler.types import Limits, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.warm_up import warm_up
 from jaxserve.weights import (
+    Checkpoint,
     abstract_params,
     dummy_params,
     layout_for,
@@ -67,14 +69,21 @@ class Loaded:
 
 
 def model_name(model: str | None) -> str:
-    """The last part of the folder or hub id."""
+    """The last part of the folder, URL or hub id."""
     return (
         EMBEDDED_NAME
         if model is None
         else Path(model).resolve().name
         if Path(model).is_dir()
-        else model.rsplit("/")[-1]
+        else model.rstrip("/").rsplit("/")[-1]
     )
+
+
+def resolve_model(model: str, *, weights: bool = True) -> Path:
+    """The folder of a local path, an fsspec URL or a hub id; CheckpointError where there is none."""
+    if remote.is_url(model):
+        return remote.fetch(model, weights=weights)
+    return huggingface.resolve_model(model, weights=weights)
 
 
 def read_model(model: str | None, options: EngineOptions) -> Loaded:
@@ -82,7 +91,7 @@ def read_model(model: str | None, options: EngineOptions) -> Loaded:
     if model is None:
         folder = MODEL_DIR
     else:
-        folder = huggingface.resolve_model(model, weights=options.load_format != "dummy")
+        folder = resolve_model(model, weights=options.load_format != "dummy")
     config = models.config_from_hf(huggingface.read_config(folder))
     dtype = (config.dtype or "float32") if options.dtype == "auto" else options.dtype
     longest = context_limit(config)
@@ -109,7 +118,7 @@ class Plan:
     programs: Programs
     page_bytes: int
     limit: int
-    checkpoint: huggingface.Checkpoint | None  # None: random weights
+    checkpoint: Checkpoint | None  # None: random weights
     tokenizer: Tokenizer | None
     sampling_defaults: dict[str, float | int]
 
@@ -121,11 +130,13 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
     truncated files. Raises ValueError naming what does not fit: a key, or the flag and the bytes.
     """
     shape = parse_mesh(options.mesh)
-    if shape.data > 1 or shape.expert > 1:
+    if shape.data > 1:
         raise ValueError(
-            f"--mesh {options.mesh}: only the tensor axis is available yet; data and expert must be 1"
+            f"--mesh {options.mesh}: only the tensor axis, and expert where there are experts, are available"
+            " yet; data must be 1"
         )
     loaded = read_model(model, options)
+    check_mesh(loaded.config, shape)
     _check_divisible(loaded.config, shape.tensor)
     mesh = make_mesh(shape)
     device = mesh.devices.flat[0]

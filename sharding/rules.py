@@ -2,8 +2,9 @@
 
 Weights and state name their axes (`("heads", "embed")`); nothing else knows how they are laid out.
 Megatron's split (Shoeybi et al. 2019): q, k, v, gate and up by output, o and down by input, so that a
-layer needs one all-reduce after attention and one after the MLP. jax is imported when it is used, so that
-`sharding.mesh` can be had without it.
+layer needs one all-reduce after attention and one after the MLP. Experts are spread along an axis of their
+own; all else is repeated along it. jax is imported when it is used, so that `sharding.mesh` can be had
+without it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ RULES: dict[str, str | None] = {
     "heads": "tensor",  # query heads x head size, flat
     "kv_heads": "tensor",  # key/value heads x head size, flat
     "head": None,  # within one head
-    "mlp": "tensor",
+    "mlp": "tensor",  # within one expert, too
+    "expert": "expert",
+    "router": None,  # experts' scores: each device routes all tokens
     "page": None,
     "token": None,
     "slot": None,

@@ -20,9 +20,10 @@ COMMANDS = {
     "serve": "Serve a model over OpenAI's HTTP API.",
     "generate": "Continue a prompt, streamed to the terminal.",
     "chat": "Talk with a model in the terminal.",
+    "convert": "Write a Hugging Face model as an Orbax checkpoint.",
 }
 # named in the contract, built later: refused by name rather than as unknown
-LATER_COMMANDS = ("batch", "score", "embed", "bench", "plan", "tune", "convert")
+LATER_COMMANDS = ("batch", "score", "embed", "bench", "plan", "tune")
 LATER_FLAGS = (*("drain-seconds", "metrics-port", "coordinator", "processes", "process-id"),)
 
 
@@ -81,7 +82,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "MODEL is a local folder (Hugging Face layout) or a hub id; none means the embedded model.",
+            "MODEL is a local folder (Hugging Face or Orbax layout), an fsspec URL or a hub id;",
+            "none means the embedded model.",
             "Flags can be set in the environment too: --max-slots is JAXSERVE_MAX_SLOTS.",
             "`jaxserve COMMAND --help` lists a command's flags; `jaxserve --version` says which this is.",
         ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models import llama, mistral, qwen2, qwen3
+from jaxserve.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from jaxserve.models.config import ConfigError, ModelConfig
 
-FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, qwen2, qwen3)}
+FAMILIES = {module.MODEL_TYPE: module for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe)}
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:

@@ -67,9 +67,12 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A dense decoder-only transformer.
+    """A decoder-only transformer, dense or with a mixture of experts for the MLP of every layer.
 
+    mlp_size: inner size of the MLP, or of one expert.
     windows: per layer, how many positions a query sees counting its own; None sees all before it.
+    num_experts: in each layer; 0 for a dense model. experts_per_token: of them, those that a token goes to.
+    normalise_top_k: their probabilities are scaled to sum to 1.
     dtype: of the checkpoint, or None where it does not say.
     """
 
@@ -90,6 +93,9 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalise_top_k: bool = False
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +109,10 @@ class ModelConfig:
         if len(self.windows) != self.num_layers:
             raise ConfigError(
                 f"{len(self.windows)} attention windows for num_hidden_layers={self.num_layers}"
+            )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.experts_per_token} is more than the {self.num_experts} experts"
             )
 
     @property
@@ -198,7 +208,7 @@ def _number(key: str, value: Any) -> float:
 def decoder_config(
     model_type: str, fields: Fields, *, windows: tuple[int | None, ...] | None = None, **family: Any
 ) -> ModelConfig:
-    """The keys that every dense decoder shares; `family` holds what its file decided. Calls `finish()`."""
+    """The keys that every decoder shares; `family` holds what its file decided. Calls `finish()`."""
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
@@ -217,7 +227,7 @@ def decoder_config(
         model_type=model_type,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        mlp_size=fields.integer("intermediate_size"),
+        mlp_size=family.pop("mlp_size", None) or fields.integer("intermediate_size"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", heads),
@@ -234,13 +244,34 @@ def decoder_config(
     return config
 
 
+def expert_fields(fields: Fields, *, count: int, per_token: int) -> dict[str, int]:
+    """`num_experts` and `experts_per_token`, by default `count` and `per_token`: transformers' own defaults.
+
+    The count goes by two names: `num_local_experts`, which transformers 5 writes, and `num_experts`.
+    """
+    names = ("num_local_experts", "num_experts")
+    _agreed({name: fields.peek(name) for name in names})
+    given = [fields.integer(name) for name in names if fields.peek(name) is not None]
+    for name in ("router_aux_loss_coef", "output_router_logits"):  # what training does with the router
+        fields.take(name)
+    return {
+        "num_experts": given[0] if given else count,
+        "experts_per_token": fields.integer("num_experts_per_tok", per_token),
+    }
+
+
+def same_windows(fields: Fields, window: int | None) -> tuple[int | None, ...]:
+    """One window for all layers."""
+    layers = fields.peek("num_hidden_layers")  # checked when decoder_config reads it
+    return (window,) * (layers if isinstance(layers, int) and layers <= MAX_LAYERS else 0)
+
+
 def layer_windows(fields: Fields, window: int | None, first_sliding: int = 0) -> tuple[int | None, ...]:
     """Per-layer windows from `layer_types`, or from the first layer that slides where that is absent."""
-    layers = fields.peek("num_hidden_layers")  # checked when decoder_config reads it
+    layers = fields.peek("num_hidden_layers")
     types = fields.take("layer_types")
     if types is None:
-        count = layers if isinstance(layers, int) and layers <= MAX_LAYERS else 0
-        return tuple(window if i >= first_sliding else None for i in range(count))
+        return tuple(w if i >= first_sliding else None for i, w in enumerate(same_windows(fields, window)))
     if not isinstance(types, list) or len(types) != layers:
         raise ConfigError(f"config.json: layer_types must list {layers} layers")
     for kind in types:

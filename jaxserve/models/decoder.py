@@ -1,4 +1,4 @@
-"""The dense decoder that llama, mistral, qwen2 and qwen3 share, and how its weights are laid out.
+"""The decoder that all families share, and how its weights are laid out.
 
     embed -> L x (norm, attention, norm, MLP) -> norm -> hidden states
 
@@ -7,7 +7,8 @@ Logits are not computed here; heads take the hidden states.
 
 Parameters are plain nested dicts of arrays, so that a step costs no Python per weight beyond flattening.
 Layers are stacked, `[L, ...]`, and scanned (TPU, CPU: compile time does not grow with depth), or a tuple of
-one dict per layer, unrolled (GPU, where a scan copies each layer's weights under XLA's matmuls).
+one dict per layer, unrolled (GPU, where a scan copies each layer's weights under XLA's matmuls). Experts are
+stacked within a layer, `[E, ...]`; the scan does not slice them, `SparseMLP` reads only those that it uses.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.models import FAMILIES
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import Linear, RMSNorm, project, rotary, rotate, weight
+from jaxserve.models.moe import SparseMLP
 
 Params = dict[str, Any]
 Pool = Float[Array, "L P page 2KH"]
@@ -86,16 +89,24 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(rngs, c.hidden_size, c.norm_eps, axis="embed", dtype=dtype)
         self.self_attn = Attention(config, rngs, dtype)
         self.post_attention_layernorm = RMSNorm(rngs, c.hidden_size, c.norm_eps, axis="embed", dtype=dtype)
-        self.mlp = MLP(config, rngs, dtype)
+        self.mlp = SparseMLP(config, rngs, dtype) if c.num_experts else MLP(config, rngs, dtype)
 
     def __call__(
-        self, x: Float[Array, "T D"], cos: Array, sin: Array, attend: Attend
+        self,
+        x: Float[Array, "T D"],
+        cos: Array,
+        sin: Array,
+        attend: Attend,
+        valid: Bool[Array, " T"] | None,
+        layer: Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Pool]:
         with jax.named_scope("attention"):
             seen, pool = self.self_attn(self.input_layernorm(x), cos, sin, attend)
             x = x + seen
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.post_attention_layernorm(x)), pool
+            inner = self.post_attention_layernorm(x)
+            mlp = self.mlp(inner, valid, layer) if isinstance(self.mlp, SparseMLP) else self.mlp(inner)
+            return x + mlp, pool
 
 
 class Ends(nnx.Module):
@@ -113,7 +124,8 @@ class Ends(nnx.Module):
             )
 
 
-# Name of a declared weight -> its key in a Hugging Face checkpoint; {} is the layer.
+# Name of a declared weight -> its key in a Hugging Face checkpoint; {} is the layer. A family with other keys
+# has its own WEIGHT_NAMES over these.
 WEIGHT_NAMES = {
     "ends.embed_tokens.weight": "model.embed_tokens.weight",
     "ends.norm.weight": "model.norm.weight",
@@ -133,17 +145,37 @@ WEIGHT_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One declared weight: `layers.*` stand for all layers, with the layer axis not in `shape` or `axes`."""
+    """One declared weight: `layers.*` stand for all layers, with the layer axis not in `shape` or `axes`.
+
+    Experts are stacked along the first axis of `shape`; a checkpoint has a tensor for each.
+    """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: np.dtype
-    checkpoint_key: str  # with {} for the layer
+    checkpoint_key: str  # with {} for the layer, and a second one for the expert
 
     @property
     def per_layer(self) -> bool:
         return self.name.startswith("layers.")
+
+    @property
+    def experts(self) -> int:
+        """How many are stacked; 0: the weight is one tensor of the checkpoint."""
+        return self.shape[0] if self.axes[0] == "expert" else 0
+
+    @property
+    def checkpoint_shape(self) -> tuple[int, ...]:
+        """Of one of its tensors in the checkpoint."""
+        return self.shape[1:] if self.experts else self.shape
+
+    def checkpoint_keys(self, layer: int | None) -> list[str]:
+        """Its tensors of one layer, expert by expert. `layer` counts only where it is `per_layer`."""
+        at = () if layer is None else (layer,)
+        if not self.experts:
+            return [self.checkpoint_key.format(*at)]
+        return [self.checkpoint_key.format(*at, expert) for expert in range(self.experts)]
 
 
 class Decoder:
@@ -156,8 +188,9 @@ class Decoder:
         ends = nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0), self.dtype))
         self._block_graph, block_state = nnx.split(block)
         self._ends_graph, ends_state = nnx.split(ends)
+        names = {**WEIGHT_NAMES, **getattr(FAMILIES[config.model_type], "WEIGHT_NAMES", {})}
         self.weights = tuple(
-            _declared(prefix, path, variable)
+            _declared(names, prefix, path, variable)
             for prefix, state in (("ends", ends_state), ("layers", block_state))
             for path, variable in nnx.to_flat_state(state)
         )
@@ -187,8 +220,12 @@ class Decoder:
         tokens: Int[Array, " T"],
         positions: Int[Array, " T"],
         attend: Attend,
+        valid: Bool[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "T D"], Pool]:
-        """After the last norm. `attend` is called once a layer (once in all, traced, in a scan)."""
+        """After the last norm. `attend` is called once a layer (once in all, traced, in a scan).
+
+        valid: which tokens are of some row; no expert computes the others. None: all are.
+        """
         c = self.config
         ends = nnx.merge(self._ends_graph, params["ends"])
         x = jnp.take(ends.embed_tokens["weight"][...], tokens, axis=0, mode="clip")
@@ -200,16 +237,20 @@ class Decoder:
         ) -> tuple[tuple[Array, Pool], None]:
             x, pool = carry
             weights, index, window = layer
-            block = nnx.merge(self._block_graph, weights)
-            return block(x, cos, sin, lambda q, kv: attend(q, kv, pool, index, window)), None
+            block = nnx.merge(self._block_graph, _with_experts(weights, experts))
+            return block(x, cos, sin, lambda q, kv: attend(q, kv, pool, index, window), valid, index), None
 
         carry = (x, pool)
         indices = jnp.arange(c.num_layers, dtype=jnp.int32)
-        if isinstance(params["layers"], tuple):
-            for i, weights in enumerate(params["layers"]):
+        layers, experts = params["layers"], None
+        if isinstance(layers, tuple):
+            for i, weights in enumerate(layers):
                 carry, _ = layer_step(carry, (weights, indices[i], windows[i]))
         else:
-            carry, _ = jax.lax.scan(layer_step, carry, (params["layers"], indices, windows))
+            if c.num_experts:
+                experts = layers["mlp"]["experts"]
+                layers = {**layers, "mlp": {"gate": layers["mlp"]["gate"]}}
+            carry, _ = jax.lax.scan(layer_step, carry, (layers, indices, windows))
         x, pool = carry
         return ends.norm(x), pool
 
@@ -221,11 +262,16 @@ class Decoder:
             return project(hidden, head["weight"], jnp.dtype(jnp.float32))
 
 
-def _declared(prefix: str, path: tuple[Any, ...], variable: nnx.Variable) -> Weight:
+def _with_experts(weights: Params, experts: Params | None) -> Params:
+    """One layer's weights with the experts of all layers, which a scan keeps out of its slices."""
+    return weights if experts is None else {**weights, "mlp": {**weights["mlp"], "experts": experts}}
+
+
+def _declared(names: dict[str, str], prefix: str, path: tuple[Any, ...], variable: nnx.Variable) -> Weight:
     name = ".".join((prefix, *map(str, path)))
     value: jax.ShapeDtypeStruct = variable.get_value()
     axes: tuple[str, ...] = variable.get_metadata()["axes"]
-    return Weight(name, tuple(value.shape), axes, np.dtype(value.dtype), WEIGHT_NAMES[name])
+    return Weight(name, tuple(value.shape), axes, np.dtype(value.dtype), names[name])
 
 
 def _put(tree: Params, name: str, value: Any) -> None:

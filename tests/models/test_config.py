@@ -51,7 +51,7 @@ def qwen2(**changed: Any) -> ModelConfig:
 # -- refused ---------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; .* one of llama, mistral, qwen2, qwen3"),
+    ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; .* one of llama, mistral, mixtral, qwen2"),
     ({"model_type": None}, "model_type=None"),
     ({"model_type": ["llama"]}, r"model_type=\['llama'\]"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
@@ -179,7 +179,9 @@ def test_every_value_of_a_wrong_type_is_a_config_error() -> None:
     keys = [
         *LLAMA, "head_dim", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
         "layer_types", "use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias", "torch_dtype",
-        "dtype", "tie_word_embeddings", "partial_rotary_factor", "use_mrope",
+        "dtype", "tie_word_embeddings", "partial_rotary_factor", "use_mrope", "num_local_experts",
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers",
     ]  # fmt: skip
     values = [
         None,
@@ -200,7 +202,7 @@ def test_every_value_of_a_wrong_type_is_a_config_error() -> None:
         {},
         {"a": 1},
     ]
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
+    for family in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
         for key in keys:
             for value in values:
                 try:
@@ -425,6 +427,26 @@ TINYLLAMA = """{
   "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
   "transformers_version": "4.35.0", "use_cache": true, "vocab_size": 32000}"""
 
+MIXTRAL_8X7B = """{
+  "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+  "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+  "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+  "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+  "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true, "vocab_size": 32000}"""
+
+QWEN3_30B_A3B = """{
+  "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+  "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+  "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+  "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts": 128,
+  "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": false,
+  "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+  "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+  "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}"""
+
 # What else the hub holds of these families: the keys as published, the sizes of the base model above where
 # they do not matter.
 QWEN_YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
@@ -458,6 +480,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **json.loads(QWEN3_8B), "hidden_size": 2560, "intermediate_size": 9728,
         "max_position_embeddings": 262144, "rope_theta": 5000000, "tie_word_embeddings": True,
     },
+    "Mixtral-8x22B": {
+        **json.loads(MIXTRAL_8X7B), "hidden_size": 6144, "intermediate_size": 16384, "num_hidden_layers": 56,
+        "max_position_embeddings": 65536, "num_attention_heads": 48, "router_jitter_noise": 0.0,
+    },
+    "Qwen3-235B-A22B": {
+        **json.loads(QWEN3_30B_A3B), "hidden_size": 4096, "intermediate_size": 12288, "max_window_layers": 94,
+        "moe_intermediate_size": 1536, "num_attention_heads": 64, "num_hidden_layers": 94,
+    },
 }  # fmt: skip
 
 
@@ -468,7 +498,7 @@ def test_published_configs_are_read(name: str) -> None:
     assert (config.rope.kind, config.num_layers) == (kind, PUBLISHED[name]["num_hidden_layers"])
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen3Moe"])
 @pytest.mark.parametrize("rope", ["default", "yarn", "llama3", "linear"])
 def test_what_transformers_writes_is_read(family: str, rope: str, tmp_path: Path) -> None:
     """Every key that `save_pretrained` of the installed version leaves in the file."""
@@ -502,6 +532,8 @@ REAL: dict[str, tuple[str, tuple[int, ...], float, int | None, bool, float]] = {
     ),
     "Qwen2.5-7B": (QWEN2_5_7B, (152064, 3584, 18944, 28, 28, 4, 128, 131072), 1e6, None, False, 7615.6),
     "Qwen3-8B": (QWEN3_8B, (151936, 4096, 12288, 36, 32, 8, 128, 40960), 1e6, None, False, 8190.7),
+    "Mixtral-8x7B": (MIXTRAL_8X7B, (32000, 4096, 14336, 32, 32, 8, 128, 32768), 1e6, None, False, 46702.8),
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, (151936, 2048, 768, 48, 32, 4, 128, 40960), 1e6, None, False, 30532.1),
     "SmolLM2-135M": (SMOLLM2_135M, (49152, 576, 1536, 30, 9, 3, 64, 8192), 1e5, None, True, 134.5),
     "TinyLlama-1.1B": (TINYLLAMA, (32000, 2048, 5632, 22, 32, 4, 64, 2048), 1e4, None, False, 1100.0),
 }

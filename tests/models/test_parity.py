@@ -246,6 +246,108 @@ CASES = [
     ),
 ]
 
+EXPERTS = {
+    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+CASES += [
+    Case(
+        "mixtral-gqa",
+        "mixtral",
+        {**heads(4, 2, 16), "num_local_experts": 8, "num_experts_per_tok": 2},
+        ({"num_experts_per_tok": 3}, {"num_experts_per_tok": 1}),
+        page=64,
+    ),
+    Case(
+        "mixtral-mha-window-tied-linear-old",
+        "mixtral",
+        {
+            **heads(4, 4, 24),
+            "num_local_experts": 3,
+            "num_experts_per_tok": 1,
+            "sliding_window": 40,
+            "tie_word_embeddings": True,
+            "rope_parameters": rope("linear", factor=2.0),
+        },
+        ({"sliding_window": None}, PLAIN),
+        old=True,
+        layout="unrolled",
+        stored="bfloat16",
+        shard_size=FEW_BYTES,
+    ),
+    Case(
+        "mixtral-mqa-narrow-window-all-experts-yarn",
+        "mixtral",
+        {
+            **heads(4, 1, 16),
+            "num_local_experts": 4,
+            "num_experts_per_tok": 4,
+            "sliding_window": 5,
+            "rope_parameters": rope("yarn", **YARN),
+        },
+        ({"sliding_window": 6}, {"num_experts_per_tok": 3}, PLAIN),
+        stored="float16",
+        shard_size=FEW_BYTES,
+    ),
+    Case(
+        "qwen3-moe-gqa",
+        "qwen3_moe",
+        {**heads(4, 2, 32), **EXPERTS},
+        ({"norm_topk_prob": False}, {"num_experts_per_tok": 3}),
+        shard_size=FEW_BYTES,
+        page=64,
+    ),
+    Case(
+        "qwen3-moe-mha-unnormalised-bias-yarn-old",
+        "qwen3_moe",
+        {
+            **heads(4, 4, 16),
+            **EXPERTS,
+            "num_experts": 16,
+            "num_experts_per_tok": 5,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "rope_parameters": rope("yarn", **YARN),
+        },
+        ({"norm_topk_prob": True}, PLAIN),
+        old=True,
+        layout="unrolled",
+    ),
+    Case(
+        "qwen3-moe-mqa-window-one-expert-llama3",
+        "qwen3_moe",
+        {
+            **heads(4, 1, 24),
+            **EXPERTS,
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "rope_parameters": rope("llama3", **LLAMA3),
+        },
+        ({"use_sliding_window": False}, {"sliding_window": 32}, {"num_experts_per_tok": 2}, PLAIN),
+        stored="bfloat16",
+    ),
+    Case(
+        "qwen3-moe-mha-window-normalised",
+        "qwen3_moe",
+        {
+            **heads(4, 4, 16),
+            **EXPERTS,
+            "num_experts_per_tok": 7,
+            "use_sliding_window": True,
+            "sliding_window": 130,
+            "tie_word_embeddings": True,
+        },
+        ({"norm_topk_prob": False}, {"use_sliding_window": False}),
+        layout="unrolled",
+        stored="float16",
+        page=64,
+    ),
+]
+
 EMBEDDED = Case(
     "embedded", "llama", {}, page=64
 )  # the model that jaxserve brings along, with its own weights
@@ -278,7 +380,7 @@ def random_model(case: Case, **changed: Any) -> torch.nn.Module:
             elif "embed_tokens" in name or "lm_head" in name:
                 weight.normal_(0.0, 2.0 / WIDTH**0.5)
             else:
-                weight.normal_(0.0, 1.3 / weight.shape[1] ** 0.5)
+                weight.normal_(0.0, 1.3 / weight.shape[-1] ** 0.5)
             weight.copy_(weight.to(getattr(torch, case.stored)))  # as the checkpoint will hold it
     return model
 
