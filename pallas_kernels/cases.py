@@ -42,14 +42,12 @@ def pairwise(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         first = min(left)
         chosen = {first[0]: first[1], first[2]: first[3]}
         for name in names:
-            if name in chosen:
-                continue
-
-            def gain(i: int, name: str = name) -> int:
-                pairs = ((a, chosen[a], name, i) if a < name else (name, i, a, chosen[a]) for a in chosen)
-                return sum(_ordered(names, *pair) in left for pair in pairs)
-
-            chosen[name] = max(range(len(axes[name])), key=lambda i: (gain(i), -i))
+            if name not in chosen:
+                gains = [
+                    sum(_ordered(names, name, i, other, chosen[other]) in left for other in chosen)
+                    for i in range(len(axes[name]))
+                ]
+                chosen[name] = gains.index(max(gains))
         for a, b in itertools.combinations(names, 2):
             left.discard((a, chosen[a], b, chosen[b]))
         rows.append({name: axes[name][chosen[name]] for name in names})
