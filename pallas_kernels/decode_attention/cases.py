@@ -18,7 +18,7 @@ NO_WINDOW = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """lengths: mixed has empty rows, one token, a page's last position and the one after, and a full table."""
+    """lengths: mixed has empty rows, one token, a page's last position, the one after, and a full table."""
 
     heads: tuple[int, int]
     head_size: int
