@@ -52,10 +52,16 @@ def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
 
-def run_all(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[list[Record], float]:
-    """All at once, to the end: (records, seconds)."""
+def run_all(
+    engine: Engine, prompts: list[list[int]], tokens: int, most: int = 2**31
+) -> tuple[list[Record], float]:
+    """At most `most` at a time, to the end: (records, seconds)."""
     begin = time.perf_counter()
-    records = [load.submit(engine, each, greedy(tokens)) for each in prompts]
+    records: list[Record] = []
+    for each in prompts:
+        while sum(record.finish is None for record in records[-2 * most :]) >= most:
+            time.sleep(0.001)
+        records.append(load.submit(engine, each, greedy(tokens)))
     load.wait(records)
     return records, time.perf_counter() - begin
 
@@ -157,32 +163,59 @@ def mixed(options: Options) -> dict[str, Any]:
 def overload(options: Options) -> dict[str, Any]:
     queued = 2 * options.slots
     engine = options.engine(max_queued=queued)
-    _, seconds = run_all(engine, [prompt(engine, 64) for _ in range(queued)], 32)
-    capacity = queued / seconds  # requests per second
+    _, seconds = run_all(engine, [prompt(engine, 64) for _ in range(4 * options.slots)], 32, most=queued)
+    capacity = 4 * options.slots / seconds  # requests per second
     process = psutil.Process()
-    before, files = process.memory_info().rss, process.num_fds()
-    rate = 10 * capacity
-    text = prompt(engine, 64)
-    arrivals = [
-        (i / rate, lambda: load.submit(engine, text, greedy(32))) for i in range(int(rate * options.seconds))
-    ]
+    text, rate = prompt(engine, 64), 10 * capacity
+    count = int(rate * options.seconds)
+    # what is kept of a request is a row made beforehand: the growth below is the engine's alone
+    first, last = np.full(count, np.nan), np.full(count, np.nan)
+    refused, waits, unexpected = 0, set(), 0
+    memory: list[int] = []
+    files = process.num_fds()
     begin = time.perf_counter()
-    records = load.play(arrivals)
+
+    def ended(i: int, record: Record) -> None:
+        nonlocal unexpected
+        first[i], last[i] = record.first, record.times[-1] - record.submitted
+        unexpected += record.error is not None or len(record.tokens) != 32
+
+    for i in range(count):
+        time.sleep(max(0.0, begin + i / rate - time.perf_counter()))
+        record = load.submit(engine, text, greedy(32), on_end=partial(ended, i))
+        if record.retry_after is not None:
+            refused += 1
+            waits.add(record.retry_after)
+        if i % (count // 40) == 0:
+            memory.append(process.memory_info().rss)
+    while int(np.isfinite(last).sum()) < count - refused:
+        time.sleep(0.01)
     taken = time.perf_counter() - begin
     stats = engine.stats()
-    # a request waits at most for the queue before it and its own service
-    bound = (queued + options.slots) / capacity * 1.5
-    row = load.summary(records, taken) | {
+    done = count - refused
+    growth = statistics.median(memory[-10:]) - statistics.median(memory[10:20])
+    # one that is let in has the queue before it, then its own turn
+    bound = (queued + options.slots) / (done / taken)
+    row = {
+        "offered": count,
+        "done": done,
+        "refused": refused,
+        "failed": unexpected,
         "capacity_per_second": round(capacity, 1),
         "offered_per_second": round(rate, 1),
-        "retry_after": sorted({record.retry_after for record in records if record.retry_after}),
-        "slowest_seconds": round(max(r.times[-1] - r.submitted for r in records if r.times), 2),
-        "bound_seconds": round(bound, 2),
-        "memory_growth_mb": round((process.memory_info().rss - before) / 1e6, 1),
+        "done_per_second": round(done / taken, 1),
+        "retry_after": sorted(waits),
+        "ttft_ms": load.percentiles(first[np.isfinite(first)]),
+        "whole_ms": load.percentiles(last[np.isfinite(last)]),
+        "queue_and_service_ms": round(1e3 * bound, 1),
+        "memory_growth_mb": round(growth / 1e6, 1),
         "files_more": process.num_fds() - files,
         "left": {name: stats[name] for name in ("running", "waiting", "pages_used")},
     }
     say(f"overload: {row}")
+    after, seconds = run_all(engine, [prompt(engine, 64) for _ in range(4 * options.slots)], 32, most=queued)
+    row["capacity_after"] = round(len(after) / seconds, 1)
+    say(f"capacity before {row['capacity_per_second']}, after {row['capacity_after']} requests a second")
     engine.close()
     return row
 

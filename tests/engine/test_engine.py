@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -217,6 +218,42 @@ class Watched(list[Output]):
 
     def append(self, output: Output) -> None:
         self._order += ["token"] * len(output.token_ids)
+
+
+def test_a_device_that_does_not_come_back_is_named(engine, ask, monkeypatch):
+    """The decode program, then a computation on the device that takes a second."""
+    programs, bucket = engine._programs, engine._programs.buckets("decode")[0]
+    shape = jax.eval_shape(lambda x: x, programs["decode", bucket].out_info[1])
+
+    def late(x: np.ndarray) -> np.ndarray:
+        time.sleep(1.0)
+        return np.asarray(x)
+
+    slow = jax.jit(lambda x: jax.pure_callback(late, shape, x)).lower(shape).compile()
+    fast = programs["decode", bucket]
+
+    def program(*arguments):
+        state, results = fast(*arguments)
+        return state, slow(results)
+
+    monkeypatch.setitem(programs._compiled, ("decode", bucket), program)
+    monkeypatch.setattr(engine, "_step_timeout", 0.2)
+    seen: list[str] = []
+
+    def watch() -> None:
+        while not reply.finishes:
+            if (stuck := engine.stuck) is not None:
+                seen.append(stuck)
+            time.sleep(0.01)
+
+    reply = ask([1, 2, 3], max_tokens=2)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    while engine.step():
+        pass
+    watcher.join()
+    assert seen and f"decode {bucket}" in seen[0] and "prefill" in seen[0]
+    assert engine.stuck is None
 
 
 def test_host_and_device_time_can_be_told_apart(engine, ask):
