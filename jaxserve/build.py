@@ -151,6 +151,8 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
         f" {device.device_kind} x {mesh.size}"
     )
+    kernels = steps.kernels(options.page_size)
+    progress("; ".join(f"{kernel}: {implementation}" for kernel, implementation in kernels.items()))
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 
 logger = logging.getLogger(__name__)
+ShapeDtype = jax.Array | jax.ShapeDtypeStruct
 
 # what jax calls a device -> its short name; the first that occurs in the device's kind decides
 _NAMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.chips import Chip, pick, this_chip
+from pallas_kernels.chips import Chip, ShapeDtype, pick, this_chip
 from pallas_kernels.decode_attention import mosaic_gpu, reference, tpu
 
 IMPLEMENTATIONS = {
@@ -13,6 +13,16 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.decode_attention,
     "xla": reference.decode_attention,
 }
+
+
+def implementation_for(chip: Chip, q: ShapeDtype, pool: ShapeDtype, implementation: str | None = None) -> str:
+    """What runs on a chip for these shapes and dtypes; `decode_attention` says what the rest means."""
+    reasons = {
+        "tpu": tpu.refusal(chip, q, pool),
+        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
+        "xla": None,
+    }
+    return pick("decode attention", implementation, chip, reasons)
 
 
 def decode_attention(
@@ -44,12 +54,7 @@ def decode_attention(
     """
     check(q, kv, pool, table, rows=q.shape[0])
     chip = chip or this_chip()
-    reasons = {
-        "tpu": tpu.refusal(chip, q, pool),
-        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
-        "xla": None,
-    }
-    run = IMPLEMENTATIONS[pick("decode attention", implementation, chip, reasons)]
+    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, implementation)]
     with jax.named_scope("decode_attention"):
         return run(
             q, kv, pool, layer, table, lengths, window, sinks, scale=scale, soft_cap=soft_cap, chip=chip

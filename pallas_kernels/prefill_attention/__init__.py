@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.chips import Chip, pick, this_chip
+from pallas_kernels.chips import Chip, ShapeDtype, pick, this_chip
 from pallas_kernels.decode_attention import check
 from pallas_kernels.prefill_attention import mosaic_gpu, reference, tpu
 
@@ -14,6 +14,16 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.prefill_attention,
     "xla": reference.prefill_attention,
 }
+
+
+def implementation_for(chip: Chip, q: ShapeDtype, pool: ShapeDtype, implementation: str | None = None) -> str:
+    """What runs on a chip for these shapes and dtypes; `prefill_attention` says what the rest means."""
+    reasons = {
+        "tpu": tpu.refusal(chip, q, pool),
+        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
+        "xla": None,
+    }
+    return pick("prefill attention", implementation, chip, reasons)
 
 
 def prefill_attention(
@@ -48,12 +58,7 @@ def prefill_attention(
     """
     check(q, kv, pool, table, rows=starts.shape[0])
     chip = chip or this_chip()
-    reasons = {
-        "tpu": tpu.refusal(chip, q, pool),
-        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
-        "xla": None,
-    }
-    run = IMPLEMENTATIONS[pick("prefill attention", implementation, chip, reasons)]
+    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, implementation)]
     with jax.named_scope("prefill_attention"):
         return run(
             q,
