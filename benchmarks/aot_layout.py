@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import models
+from jaxserve.build import compiler_options
 from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.programs import Program, device_bytes
 from jaxserve.engine.state import StateShape
@@ -96,13 +97,16 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 # -- what pallas_kernels.aot checks ------------------------------------------------------------------------
 
 
-def checked(chip: str, devices: int, kind: str, context: int, layers: int = 32) -> aot_compile.Program:
+def checked(
+    chip: str, devices: int, kind: str, context: int, layers: int = 32, *, reproducible: bool = False
+) -> aot_compile.Program:
     """A program of the 8B's shape. v5e: one of 8 chips, since 16 GB of weights do not fit on one."""
 
     def lower_for(found: list[jax.Device]) -> jax.stages.Lowered:
         return lower(*engine_program(found, "8b", kind, layout=layout, context=context, layers=layers))
 
-    layout = layout_for("gpu" if targets.TARGETS[chip].card else "tpu")
+    platform = "gpu" if targets.TARGETS[chip].card else "tpu"
+    layout = layout_for(platform)
     hidden, mlp, _, heads, kv_heads = SHAPES["8b"]
     head = hidden // heads
     local_kv = 2 * kv_heads * head // devices
@@ -128,8 +132,9 @@ def checked(chip: str, devices: int, kind: str, context: int, layers: int = 32) 
         lengths = [context] * SLOTS
         count = functools.partial(traffic.decode_bytes, targets.TARGETS[chip].kernels, lengths, 2**30)
         moved = {context: count(page=PAGE, width=local_kv, itemsize=2)}
+    what = f"{kind} {SLOTS if kind == 'decode' else CHUNK} x {context}, {layers} layers"
     return aot_compile.Program(
-        name=f"llama-3.1-8b {kind} {SLOTS if kind == 'decode' else CHUNK} x {context}, {layers} layers",
+        name=f"llama-3.1-8b {what}" + (", reproducible" if reproducible else ""),
         chip=chip,
         devices=devices,
         kernel=f"{kind}_attention",
@@ -138,6 +143,7 @@ def checked(chip: str, devices: int, kind: str, context: int, layers: int = 32) 
         weights=in_all,
         ideal=ideal,
         traffic=moved,
+        options=compiler_options(platform, reproducible=reproducible),
     )
 
 
@@ -147,6 +153,8 @@ PROGRAMS = [
     for chip, devices, layers in (("v5e", 8, 32), ("h100", 1, 4))
     for kind, context in (("decode", 1024), ("decode", 32768), ("prefill", 32768))
 ]
+PROGRAMS += [checked(chip, 8, "decode", 1024) for chip in ("v5p", "v6e")]
+PROGRAMS += [checked("h100", 1, kind, 1024, 4, reproducible=True) for kind in ("decode", "prefill")]
 BYTES = [
     checked(chip, devices, "decode", context)
     for chip, devices in (("v5e", 8), ("h100", 1))

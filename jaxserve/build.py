@@ -340,9 +340,14 @@ def fingerprint(folder: Path, options: EngineOptions, dtype: str) -> str:
 
 
 def compiler_options(platform: str, *, reproducible: bool) -> dict[str, bool | int]:
-    """XLA's. On a GPU it times candidates and may choose others at the next start; not if reproducible."""
+    """XLA's. On a GPU it times candidates and may choose others at the next start; not if reproducible: then
+    products go to cuBLAS's own choice, since a Triton one without a timing has no default."""
     if reproducible and platform in ("gpu", "cuda", "rocm"):
-        return {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+        return {
+            "xla_gpu_deterministic_ops": True,
+            "xla_gpu_autotune_level": 0,
+            "xla_gpu_enable_triton_gemm": False,
+        }
     return {}
 
 

@@ -3,9 +3,9 @@
     python -m pallas_kernels.aot [--chips v5e,v6e,v5p,h100] [--kernel NAME] [--jobs N] [--json FILE] [--bytes]
 
 The compilers live in `.venv-aot-tpu` and `.venv-aot-cuda`, which `make aot` builds; this calls into them, one
-process a chip. Where a chip's own kernel says that it cannot run a case, the row says `refused` and why, and
-what runs in its place is compiled. Rows of kernel `engine` are the engine's whole programs. `--bytes`
-compiles its decode steps alone, and prints what they move.
+process for each kernel on each chip. Where a chip's own kernel says that it cannot run a case, the row says
+`refused` and why, and what runs in its place is compiled. Rows of kernel `engine` are the engine's whole
+programs. `--bytes` compiles its decode steps alone, and prints what they move.
 
 Exit codes: 0 all compiled, 1 something did not, 2 an environment is missing or the arguments are wrong.
 """
@@ -60,10 +60,12 @@ def _version(python: Path) -> str:
     return done.stdout.strip() or "that does not start"
 
 
-def compile_chip(chip: str, options: list[str], show: Callable[[Row], None]) -> list[Row]:
-    """Every row of one chip. One at which the compiler ended its process has failed; the next goes on."""
+def compile_part(chip: str, kernel: str, options: list[str], show: Callable[[Row], None]) -> list[Row]:
+    """Every row of one kernel on one chip. One at which the compiler ended its process has failed; the next
+    goes on."""
     rows: list[Row] = []
-    command = [str(python_for(chip)), "-m", "pallas_kernels.aot_compile", chip, *options]
+    worker = ["-m", "pallas_kernels.aot_compile", chip, f"--kernel={kernel}"]
+    command = [str(python_for(chip)), *worker, *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     while True:
         begun: Row | None = None
@@ -86,7 +88,7 @@ def compile_chip(chip: str, options: list[str], show: Callable[[Row], None]) -> 
                 return rows
             log.seek(0)
             said = " | ".join(log.read().strip().splitlines()[-5:])
-        row = begun or Row("", "start", chip)
+        row = begun or Row(kernel, "start", chip)
         row = dataclasses.replace(row, status="failed", detail=f"the compiler exited with {code}: {said}")
         rows.append(row)
         show(row)
@@ -148,7 +150,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--chips", default=",".join(CHIPS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--kernel", choices=[*KERNELS, "engine"], help="that one alone")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="chips at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--json", type=Path, help="writes the rows there")
     parser.add_argument(
         "--programs", type=Path, default=ENGINE if ENGINE.exists() else None,
@@ -168,8 +170,8 @@ def main() -> int:
         return 2
 
     kernel = "engine" if args.bytes else args.kernel
-    options = [f"--kernel={kernel}"] if kernel else []
-    options += [f"--programs={args.programs}"] if args.programs else []
+    kernels = [*KERNELS, *(["engine"] if args.programs else [])]
+    options = [f"--programs={args.programs}"] if args.programs else []
     options += ["--bytes"] if args.bytes else []
     start, lock = time.perf_counter(), threading.Lock()
 
@@ -177,10 +179,11 @@ def main() -> int:
         with lock:
             print(line(row), flush=True)
 
+    chips.sort(key=lambda chip: not TARGETS[chip].card)  # GPUs first: they take longest
+    parts = [(chip, each) for chip in chips for each in ([kernel] if kernel else kernels)]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        chips.sort(key=lambda chip: not TARGETS[chip].card)  # GPUs first: they take longest
-        parts = pool.map(lambda chip: compile_chip(chip, options, show), chips)
-        rows = [row for part in parts for row in part]
+        done = pool.map(lambda part: compile_part(part[0], part[1], options, show), parts)
+        rows = [row for part in done for row in part]
     failed = [row for row in rows if row.status == "failed"]
     print()
     with contextlib.suppress(BrokenPipeError):

@@ -128,7 +128,8 @@ class Program:
 
     name: of what it is. devices: how many it is compiled for. lower: given those. pool, weights: shapes of
     what one device holds. ideal: context -> bytes that a step has to move on one device. traffic: context ->
-    bytes of the pool that one call of the kernel moves there. kernel: whose call it ought to hold.
+    bytes of the pool that one call of the kernel moves there. kernel: whose call it ought to hold. options:
+    XLA's, for this program.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Program:
     weights: Sequence[jax.ShapeDtypeStruct]
     ideal: dict[int, int] = dataclasses.field(default_factory=dict)
     traffic: dict[int, int] = dataclasses.field(default_factory=dict)
+    options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,7 @@ def compile_case(kernel: Kernel, case: Any, row: Row) -> Row:
 
 def compile_program(program: Program, row: Row) -> Row:
     lowered = program.lower(devices(program.chip, program.devices))
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=program.options or None)
     module = hlo.Module(str(compiled.as_text()))
     calls = [call for call in module.kernel_calls() if program.kernel in call.op_name]
     memory: Any = compiled.memory_analysis()

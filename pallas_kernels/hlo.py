@@ -169,6 +169,14 @@ class Row:
     bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """Elements of a result that an instruction writes. in_place: into what it was given; the rest stays."""
+
+    elements: int
+    in_place: bool
+
+
 class Module:
     """A program's computations. Raises ValueError for text that is not one."""
 
@@ -241,7 +249,7 @@ class Module:
             if one.opcode in _PASSIVE or _callees(one):
                 continue
             for shape, written in zip(one.results, self._written(computation, one), strict=True):
-                if match(shape) and written >= shape.elements and not shape.memory:
+                if match(shape) and not written.in_place and not shape.memory:
                     found.append((one, shape))
         return found
 
@@ -396,7 +404,7 @@ class Module:
         if one.target in KERNEL_TARGETS and (known := kernel(one)) is not None:
             return known
         results = list(zip(one.results, self._written(computation, one), strict=True))
-        moved = sum(shape.part(written) for shape, written in results)
+        moved = sum(shape.part(written.elements) for shape, written in results)
         for i, operand in enumerate(one.operands):
             leaves = computation.by_name[operand].leaves
             if len(leaves) == 1:
@@ -405,14 +413,16 @@ class Module:
                 moved += sum(leaf.bytes for leaf in leaves)
         return moved
 
-    def _written(self, computation: Computation, one: Instruction) -> list[int]:
-        """Elements of each result that are written."""
+    def _written(self, computation: Computation, one: Instruction) -> list[_Written]:
+        """Of each result."""
         if one.target == "AllocateBuffer":
-            return [0] * len(one.results)
+            return [_Written(0, in_place=True)] * len(one.results)
         if one.opcode == "custom-call":
             kept = one.aliased_outputs
             return [
-                0 if i in kept or _workspace(one, i) else shape.elements
+                _Written(0, in_place=True)
+                if i in kept or _workspace(one, i)
+                else _Written(shape.elements, in_place=False)
                 for i, shape in enumerate(one.results)
             ]
         if one.opcode == "fusion":
@@ -425,19 +435,21 @@ class Module:
             return [self._stored(fused, top, leaf) for top in tops for leaf in top.leaves]
         return [self._stored(computation, one, shape) for shape in one.results]
 
-    def _stored(self, computation: Computation, one: Instruction, leaf: Shape) -> int:
-        """Elements that `one` changes of the array that it is given to update, or all of its output."""
+    def _stored(self, computation: Computation, one: Instruction, leaf: Shape) -> _Written:
+        """What `one` changes of the array that it is given to update, or all of its output."""
         while one.opcode in ("bitcast", "reshape") and computation.fused:
             one = computation.operand(one, 0)
         if one.opcode == "dynamic-update-slice" and self._handed_in(computation, one):
-            return computation.operand(one, 1).elements
+            changed = computation.operand(one, 1).elements
+            return _Written(changed, in_place=changed < leaf.elements)
         if one.opcode == "scatter" and self._handed_in(computation, one):
             count = (len(one.operands) - 1) // 2
-            return sum(computation.operand(one, i).elements for i in range(count + 1, 2 * count + 1))
+            changed = sum(computation.operand(one, i).elements for i in range(count + 1, 2 * count + 1))
+            return _Written(changed, in_place=True)
         if one.opcode == "fusion" and len(one.leaves) == 1:
             fused = self._fused(one)
             return self._stored(fused, fused.root, leaf)
-        return leaf.elements
+        return _Written(leaf.elements, in_place=False)
 
     def _handed_in(self, computation: Computation, update: Instruction) -> bool:
         """Whether what is updated comes from outside the fusion, and not from a sum in it, say."""

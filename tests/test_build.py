@@ -227,6 +227,10 @@ def test_the_fingerprint_of_answers(tmp_path: Path) -> None:
 
 def test_on_a_gpu_reproducible_means_that_nothing_is_timed() -> None:
     chosen = build.compiler_options("gpu", reproducible=True)
-    assert chosen == {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+    assert chosen == {
+        "xla_gpu_deterministic_ops": True,
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": False,
+    }
     for platform, reproducible in (("gpu", False), ("cpu", True), ("tpu", True)):
         assert build.compiler_options(platform, reproducible=reproducible) == {}

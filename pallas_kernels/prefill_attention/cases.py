@@ -48,7 +48,7 @@ class Case:
         return (
             (0, min(2 * eighth + 1, full), 0),
             (0, 0, 0),
-            (2 * eighth + 1, eighth, page + 5),
+            (2 * eighth + 1, min(eighth, full - page - 5), page + 5),
             (3 * eighth + 1, last, 2 * page - last),
             (3 * eighth + 1 + last, 1, full - 1),
         )

@@ -63,15 +63,15 @@ def test_all_compiled(
 ) -> None:
     assert run(monkeypatch, "--chips", "v5e,v6e", "--json", str(checkout / "rows.json")) == 0
     out = capsys.readouterr().out
-    assert out.count("compiled  tpu") == 6 and "chatter" not in out
+    assert out.count("compiled  tpu") == 12 and "chatter" not in out  # two kernels, two chips
     assert (
-        "v6e     k                    3 compiled,  0 refused,  0 failed, 0 copy the pool, at most 2 KiB"
+        "v6e     k                    6 compiled,  0 refused,  0 failed, 0 copy the pool, at most 2 KiB"
         in out
     )
-    assert "6 rows, 0 failed" in out
+    assert "12 rows, 0 failed" in out
     rows = json.loads((checkout / "rows.json").read_text())
     assert rows["jax"] == jax.__version__
-    assert [row["chip"] for row in rows["rows"]] == ["v5e"] * 3 + ["v6e"] * 3
+    assert [row["chip"] for row in rows["rows"]] == ["v5e"] * 6 + ["v6e"] * 6
 
 
 @pytest.mark.parametrize(
