@@ -5,6 +5,7 @@
 #   make test        installs the same, runs the quick tests                       (ARGS=)
 #   make test-slow   the slow ones
 #   make lint        ruff check, ruff format --check, mypy
+#   make aot         the kernels compiled for TPUs and GPUs that are not here       (ARGS=)
 #
 # PYTHON=python3.13 chooses the interpreter: .venv is rebuilt if another one made it. Without PYTHON a .venv that is
 # there stays, and a new one is made by python3.12, python3.13 or python3, the first that is new enough.
@@ -30,7 +31,7 @@ INTERPRETER := $(word 1,$(FOUND))
 MADE := $(VENV)/.made-$(or $(word 2,$(FOUND)),$(NO_PYTHON))
 endif
 
-.PHONY: help serve install test test-slow lint
+.PHONY: help serve install test test-slow lint aot
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +52,9 @@ lint: $(VENV)/.installed-test
 	@failed=0; for check in "ruff check ." "ruff format --check ." mypy; do \
 	  echo "$(BIN)/$$check"; $(BIN)/$$check || failed=1; done; exit $$failed
 
+aot: $(VENV)/.installed $(VENV)-aot-tpu/.installed $(VENV)-aot-cuda/.installed
+	$(BIN)/python -m pallas_kernels.aot $(ARGS)
+
 $(VENV)/.installed: $(MADE) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
@@ -69,3 +73,16 @@ $(VENV)/.made-%:
 	  echo "making $(VENV) with $(INTERPRETER) ($*)"; \
 	  rm -rf $(VENV) && $(INTERPRETER) -m venv $(VENV); fi
 	@rm -f $(VENV)/.made-* && touch $@
+
+# The compilers of chips that are not here, one kind in each: they spoil an ordinary start of jax, so that they stay
+# out of .venv. Its jax, and for TPUs the libtpu that this jax names; NVIDIA's plugins without the CUDA libraries.
+$(VENV)-aot-tpu/.installed $(VENV)-aot-cuda/.installed: $(VENV)/.installed
+	@if [ "$$($(@D)/bin/python -c '$(IDENTITY)' 2>/dev/null)" != "$$($(BIN)/python -c '$(IDENTITY)')" ]; then \
+	  echo "making $(@D)"; rm -rf $(@D) && $(BIN)/python -m venv $(@D); fi
+	@jax=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+	  pip="$(@D)/bin/python -m pip install --quiet --disable-pip-version-check" && set -x && case $(@D) in \
+	  *-tpu) $$pip --editable . "jax[tpu]==$$jax" ;; \
+	  *) $$pip --editable . "jax==$$jax" && \
+	     $$pip --no-deps "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" && \
+	     { command -v ptxas >/dev/null || $$pip 'nvidia-cuda-nvcc>=13'; } ;; esac
+	@touch $@

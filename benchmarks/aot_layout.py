@@ -1,90 +1,168 @@
-"""Compiles the decode step for chips that are not here, and reads what the compiler made of it.
+"""The engine's programs compiled for chips that are not here, and what the compiler made of them.
 
-Prints, per layout of the layers (scan or unrolled): seconds to lower and to compile, bytes of arguments and
-temporaries on one device, whether the pool is aliased from input to output, and how many instructions copy
-something as large as the pool.
+`PROGRAMS` is what `python -m pallas_kernels.aot` checks, decode and prefill of Llama 3.1 8B's shape, and
+`BYTES` what it counts with `--bytes`. Run by itself, this prints for any shape, per layout of the layers
+(scan or unrolled): seconds to lower and to compile, bytes of arguments and temporaries on one device, whether
+the pool is aliased from input to output, and how many instructions write something as large as the pool.
 
-    python benchmarks/aot_layout.py --chip v5e-8 --model 70b --slots 64 --pages 2048
+    .venv-aot-tpu/bin/python benchmarks/aot_layout.py --chip v5e-8 --model 70b --slots 64 --pages 2048
+    .venv-aot-cuda/bin/python benchmarks/aot_layout.py --chip h100-8 --model 70b
 
-The plugins spoil an ordinary start of jax, so they belong in an environment of their own: `libtpu` for the
-TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` at jax's version, installed with `--no-deps`, for the H100.
+`make aot` builds the two environments.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import os
-import re
 import sys
 import time
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from jaxserve import models
+from jaxserve.build import compiler_options
 from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
+from jaxserve.engine.programs import Program, device_bytes
 from jaxserve.engine.state import StateShape
 from jaxserve.engine.step import Steps
-from jaxserve.models.decoder import Decoder
-from jaxserve.weights import abstract_params
+from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.weights import abstract_params, layout_for
+from pallas_kernels import aot_compile, hlo, targets, traffic
 from sharding.mesh import AXES
-
-H100 = """
-gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 85028765696 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 # Llama 3.1's published shapes: (hidden, MLP, layers, query heads, key/value heads)
 SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
+VOCAB = 128256
+SLOTS, PAGE, POOL_PAGES, CHUNK = 64, 64, 2048, 512
 
 
-def devices(chip: str) -> list[jax.Device]:
-    kind, _, count = chip.partition("-")
-    if kind == "h100":
-        import jaxlib.xla_client as xla_client
-        from jax._src import xla_bridge
-
-        xla_bridge.discover_pjrt_plugins()
-        client = xla_client._xla.get_default_c_api_topology(
-            "cuda", "", {"target_config": H100, "topology": f"1x{count}x1"}
-        )
-        return list(topologies.TopologyDescription(client._make_compile_only_devices()).devices)
-    grid = {"1": "1x1", "4": "2x2", "8": "2x4"}[count]
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{grid}").devices)
-
-
-def config(model: str) -> dict:
-    hidden, mlp, layers, heads, kv_heads = SHAPES[model]
+def config(model: str, layers: int | None = None) -> dict:
+    hidden, mlp, all_layers, heads, kv_heads = SHAPES[model]
     return {
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": mlp,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": layers or all_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "vocab_size": 128256,
+        "vocab_size": VOCAB,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "torch_dtype": "bfloat16",
     }
+
+
+def engine_program(
+    devices: list[jax.Device],
+    model: str,
+    kind: str,
+    *,
+    layout: Layout,
+    slots: int = SLOTS,
+    pages: int = POOL_PAGES,
+    page_size: int = PAGE,
+    context: int,
+    layers: int | None = None,
+) -> tuple[Program, jax.sharding.Mesh]:
+    """The largest program of a kind, its arguments abstract, tensor-parallel over the devices.
+
+    layers: fewer than the model's, if given.
+    """
+    grid = np.array(devices).reshape(1, len(devices), 1)
+    mesh = jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    decoder = Decoder(models.config_from_hf(config(model, layers)), jnp.bfloat16)
+    pages_per_slot = -(-context // page_size)
+    programs = register_programs(
+        Steps(decoder, mesh, pages_per_slot),
+        abstract_params(decoder, mesh, layout),
+        StateShape(slots, pages, page_size, pages_per_slot),
+        prefill_buckets(CHUNK, slots),
+        decode_buckets(slots),
+    )
+    return programs._registered[kind, programs.buckets(kind)[-1]], mesh
+
+
+def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=program.out_shardings)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the kind of GPU
+        return jitted.lower(*program.arguments)
+
+
+# -- what pallas_kernels.aot checks ------------------------------------------------------------------------
+
+
+def checked(
+    chip: str, devices: int, kind: str, context: int, layers: int = 32, *, reproducible: bool = False
+) -> aot_compile.Program:
+    """A program of the 8B's shape. v5e: one of 8 chips, since 16 GB of weights do not fit on one."""
+
+    def lower_for(found: list[jax.Device]) -> jax.stages.Lowered:
+        return lower(*engine_program(found, "8b", kind, layout=layout, context=context, layers=layers))
+
+    platform = "gpu" if targets.TARGETS[chip].card else "tpu"
+    layout = layout_for(platform)
+    hidden, mlp, _, heads, kv_heads = SHAPES["8b"]
+    head = hidden // heads
+    local_kv = 2 * kv_heads * head // devices
+
+    def weight(*shape: int) -> jax.ShapeDtypeStruct:
+        """Of one layer, what lies on one device; in a scan all layers are one array."""
+        return jax.ShapeDtypeStruct((layers, *shape) if layout == "scan" else shape, jnp.bfloat16)
+
+    layer = [
+        weight(heads * head // devices, hidden),
+        weight(kv_heads * head // devices, hidden),
+        weight(kv_heads * head // devices, hidden),
+        weight(hidden, heads * head // devices),
+        weight(mlp // devices, hidden),
+        weight(mlp // devices, hidden),
+        weight(hidden, mlp // devices),
+    ]
+    in_all = [*layer, jax.ShapeDtypeStruct((VOCAB // devices, hidden), jnp.bfloat16)]  # and the head
+    weight_bytes = sum(w.size * 2 * (layers if w in layer and layout != "scan" else 1) for w in in_all)
+    ideal, moved = {}, {}
+    if kind == "decode":
+        ideal = {context: weight_bytes + layers * SLOTS * context * local_kv * 2}
+        lengths = [context] * SLOTS
+        count = functools.partial(traffic.decode_bytes, targets.TARGETS[chip].kernels, lengths, 2**30)
+        moved = {context: count(page=PAGE, width=local_kv, itemsize=2)}
+    what = f"{kind} {SLOTS if kind == 'decode' else CHUNK} x {context}, {layers} layers"
+    return aot_compile.Program(
+        name=f"llama-3.1-8b {what}" + (", reproducible" if reproducible else ""),
+        chip=chip,
+        devices=devices,
+        kernel=f"{kind}_attention",
+        lower=lower_for,
+        pool=jax.ShapeDtypeStruct((layers, POOL_PAGES, PAGE, local_kv), jnp.bfloat16),
+        weights=in_all,
+        ideal=ideal,
+        traffic=moved,
+        options=compiler_options(platform, reproducible=reproducible),
+    )
+
+
+# Unrolled, every layer is compiled by itself: a few of them show what there is to see.
+PROGRAMS = [
+    checked(chip, devices, kind, context, layers)
+    for chip, devices, layers in (("v5e", 8, 32), ("h100", 1, 4))
+    for kind, context in (("decode", 1024), ("decode", 32768), ("prefill", 32768))
+]
+PROGRAMS += [checked(chip, 8, "decode", 1024) for chip in ("v5p", "v6e")]
+PROGRAMS += [checked("h100", 1, kind, 1024, 4, reproducible=True) for kind in ("decode", "prefill")]
+BYTES = [
+    checked(chip, devices, "decode", context)
+    for chip, devices in (("v5e", 8), ("h100", 1))
+    for context in (1024, 32768)
+]
+
+
+# -- any shape ---------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -100,48 +178,42 @@ def main() -> None:
     parser.add_argument("--kind", default="decode", choices=("decode", "prefill"))
     parser.add_argument("--layouts", default="scan,unrolled")
     args = parser.parse_args()
-    chips = devices(args.chip)
-    mesh = jax.sharding.Mesh(
-        np.array(chips).reshape(1, len(chips), 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-    decoder = Decoder(models.config_from_hf(config(args.model)), jnp.bfloat16)
-    pages_per_slot = -(-args.context // args.page_size)
-    shape = StateShape(args.slots, args.pages, args.page_size, pages_per_slot)
+    name, _, count = args.chip.partition("-")
+    chips = targets.devices(name, int(count or 1))
     for layout in args.layouts.split(","):
-        steps = Steps(decoder, mesh, pages_per_slot)
-        params = abstract_params(decoder, mesh, layout)
-        programs = register_programs(
-            steps, params, shape, prefill_buckets(512, args.slots), decode_buckets(args.slots)
+        start = time.perf_counter()
+        program, mesh = engine_program(
+            chips,
+            args.model,
+            args.kind,
+            layout=layout,
+            slots=args.slots,
+            pages=args.pages,
+            page_size=args.page_size,
+            context=args.context,
         )
-        key = (args.kind, programs.buckets(args.kind)[-1])
-        program = programs._registered[key]
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            start = time.perf_counter()
-            lowered = jax.jit(
-                program.function, donate_argnums=program.donate, out_shardings=program.out_shardings
-            ).lower(*program.arguments)
-            lowered_at = time.perf_counter()
+        lowered = lower(program, mesh)
+        lowered_at = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - lowered_at
-        text, memory = compiled.as_text(), compiled.memory_analysis()
+        memory = compiled.memory_analysis()
+        module = hlo.Module(compiled.as_text())
         pool = program.arguments[1].pool
-        size = math.prod(pool.sharding.shard_shape(pool.shape))
-        copies = [
-            m[0]
-            for m in re.finditer(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose|all-gather)\(", text)
-            if math.prod(map(int, m[1].split(","))) >= size
-        ]
+        local = pool.sharding.shard_shape(pool.shape)
+        copies = aot_compile.pool_copies(module, local)
+        taken_over = [module.arguments[argument] for argument in module.aliases.values()]
         row = {
             "chip": args.chip,
-            "program": f"{args.kind} {key[1]}",
+            "program": f"{args.kind} {program.bucket}",
             "model": args.model,
             "layout": layout,
             "lower_s": round(lowered_at - start, 2),
             "compile_s": round(seconds, 2),
             "argument_bytes": memory.argument_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
-            "pool_bytes": size * 2,
-            "aliased_bytes": memory.alias_size_in_bytes,
+            "pool_bytes": device_bytes(pool),
+            "pool_aliased": math.prod(local) in [shape.elements for shape in taken_over],
+            "kernel_calls": len(module.kernel_calls()),
             "copies_as_large_as_the_pool": len(copies),
             "jax": jax.__version__,
         }

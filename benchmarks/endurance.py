@@ -89,7 +89,8 @@ class Clients:
 
     async def run(self, count: int, until: float) -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, timeout=300, limits=limits) as http:
+        # longer than batch work may have to wait
+        async with httpx.AsyncClient(base_url=self._url, timeout=1800, limits=limits) as http:
             model = (await http.get("/v1/models")).json()["data"][0]["id"]
             await asyncio.gather(*(self._client(http, model, until) for _ in range(count)))
 

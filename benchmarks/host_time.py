@@ -42,7 +42,7 @@ def fill(engine: Engine, prompt_len: int, new_tokens: int) -> None:
     for i in range(slots):
         prompt = rng.integers(engine.limits.vocab_size, size=prompt_len)
         request = check_request(str(i), prompt, params, engine.limits, time.monotonic())
-        engine.submit(request, lambda output: begun.add(output.request_id))
+        engine.submit((request, lambda output: begun.add(output.request_id)))
     while len(begun) < slots:
         engine.step()
 

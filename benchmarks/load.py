@@ -81,7 +81,7 @@ def submit(
             on_end(record)
 
     try:
-        engine.submit(request, sink)
+        engine.submit((request, sink))
     except EngineBusy as busy:
         record.retry_after = busy.retry_after
     return record

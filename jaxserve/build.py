@@ -47,8 +47,8 @@ from jaxserve.weights import (
     dummy_params,
     layout_for,
     load_params,
+    model_digest,
     open_weights,
-    weights_digest,
 )
 from sharding import make_mesh, parse_mesh
 
@@ -162,10 +162,14 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
         f" {device.device_kind} x {mesh.size}"
     )
+    kernels = steps.kernels(options.page_size)
+    progress("; ".join(f"{kernel}: {implementation}" for kernel, implementation in kernels.items()))
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
         state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
-        return state, register_programs(steps, params, state, prefill_rows, decode_rows, max_steps)
+        programs = register_programs(steps, params, state, prefill_rows, decode_rows, max_steps)
+        programs.compiler_options = compiler_options(device.platform, reproducible=options.reproducible)
+        return state, programs
 
     fixed = device_bytes(params)
     pages = options.kv_pages or max(int((limit - fixed) * 0.9) // each, pages_per_slot)
@@ -332,15 +336,30 @@ def build_serving(
     if not options.response_cache:
         return engine
     folder = read_model(model, options).folder
-    if options.load_format == "dummy":
-        weights = f"dummy {options.seed} {(folder / 'config.json').read_text()}"
-    else:
-        weights = weights_digest(folder)
-    bits = (options.mesh, engine.facts["dtype"], jax.__version__, jaxlib.version.__version__, __version__)
-    programs = (options.reproducible, options.chunk_tokens, options.max_slots, multi_step(options))
-    device = jax.devices()[0].device_kind
-    engine.facts["fingerprint"] = repr((weights, device, *bits, *programs))
+    engine.facts["fingerprint"] = fingerprint(folder, options, engine.facts["dtype"])
     return CachingEngine(engine, ResponseCache(cache_file(), options.response_cache * 2**20, progress))
+
+
+def fingerprint(folder: Path, options: EngineOptions, dtype: str) -> str:
+    """All that decides an answer beside the request: two engines of the same one give the same."""
+    dummy = options.load_format == "dummy"
+    model = (model_digest(folder, weights=not dummy), options.seed if dummy else None, dtype)
+    versions = (__version__, jax.__version__, jaxlib.version.__version__)
+    where = (jax.devices()[0].device_kind, options.mesh)
+    shapes = (options.reproducible, options.chunk_tokens, options.max_slots, options.page_size)
+    return repr((model, versions, where, shapes, multi_step(options)))
+
+
+def compiler_options(platform: str, *, reproducible: bool) -> dict[str, bool | int]:
+    """XLA's. On a GPU it times candidates and may choose others at the next start; not if reproducible: then
+    products go to cuBLAS's own choice, since a Triton one without a timing has no default."""
+    if reproducible and platform in ("gpu", "cuda", "rocm"):
+        return {
+            "xla_gpu_deterministic_ops": True,
+            "xla_gpu_autotune_level": 0,
+            "xla_gpu_enable_triton_gemm": False,
+        }
+    return {}
 
 
 def multi_step(options: EngineOptions) -> int:

@@ -188,7 +188,7 @@ class LLM:
                 before = waiting.left
                 with contextlib.suppress(EngineBusy):
                     while unsent:
-                        self.engine.submit(unsent[0].request, unsent[0].sink(waiting))
+                        self.engine.submit((unsent[0].request, unsent[0].sink(waiting)))
                         unsent.popleft()
                 waiting.wait_below(before if unsent else 1)
                 if waiting.error is not None:

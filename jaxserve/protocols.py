@@ -35,7 +35,8 @@ class TokenizerLike(Protocol):
 class EngineLike(Protocol):
     """A running engine. `submit` and `abort` are safe from any thread and return at once.
 
-    `submit` raises `EngineBusy` when the queue is full and RuntimeError when the engine does not run.
+    `submit` takes all of its requests or none: it raises `EngineBusy` when the queue is full and RuntimeError
+    when the engine does not run.
     stuck: what is stuck, while a device step takes longer than it may.
     facts: what `stats` repeats; with a response cache, `fingerprint` says which weights and versions answer.
     """
@@ -58,7 +59,7 @@ class EngineLike(Protocol):
     @property
     def facts(self) -> dict[str, Any]: ...
 
-    def submit(self, request: Request, sink: Sink) -> None: ...
+    def submit(self, *requests: tuple[Request, Sink]) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
 

@@ -310,18 +310,27 @@ class CachingEngine:
     def facts(self) -> dict[str, Any]:
         return self.engine.facts
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """As the engine's. A known answer is taken whether or not the queue is full."""
-        key = answer_key(request, self._fingerprint)
-        if key is None:
-            self.engine.submit(request, sink)
-            return
+    def submit(self, *requests: tuple[Request, Sink]) -> None:
+        """As the engine's. Where all answers are known they are given whether or not the queue is full."""
+        known: list[tuple[Request, Sink, bytes]] = []
+        rest: list[tuple[Request, Sink]] = []
         with self._lock:
-            if key in self._cache and self.healthy and not self._closing:
+            missed = 0
+            for request, sink in requests:
+                key = answer_key(request, self._fingerprint)
+                if key is None:
+                    rest.append((request, sink))
+                elif key in self._cache and self.healthy and not self._closing:
+                    known.append((request, sink, key))
+                else:
+                    rest.append((request, self._recorder(request, sink, key)))
+                    missed += 1
+            if rest:
+                self.engine.submit(*rest)
+            self._counts["response_cache_misses"] += missed
+            for request, sink, key in known:
                 self._held[request.request_id] = False
                 self._jobs.put(functools.partial(self._replay, request, sink, key))
-            else:
-                self._compute(request, sink, key)
 
     def abort(self, request_id: str) -> None:
         with self._lock:
@@ -350,7 +359,7 @@ class CachingEngine:
 
     def _compute(self, request: Request, sink: Sink, key: bytes) -> None:
         """Under the lock. Raises what the engine's `submit` raises."""
-        self.engine.submit(request, self._recorder(request, sink, key))
+        self.engine.submit((request, self._recorder(request, sink, key)))
         self._counts["response_cache_misses"] += 1
 
     def _recorder(self, request: Request, sink: Sink, key: bytes) -> Sink:

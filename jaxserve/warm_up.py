@@ -9,7 +9,8 @@ import time
 import numpy as np
 
 from jaxserve.engine.engine import Engine
-from jaxserve.scheduler.types import SamplingParams, check_request
+from jaxserve.engine.outputs import Sink
+from jaxserve.scheduler.types import Request, SamplingParams, check_request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +39,16 @@ def warm_up(engine: Engine) -> Speed:
     vocab, chunk = engine.limits.vocab_size, min(engine.scheduler.prefill_chunk, length - 1)
     numbers = itertools.count()
 
-    def submit(prompt_len: int, new_tokens: int) -> None:
+    def request(prompt_len: int, new_tokens: int) -> tuple[Request, Sink]:
         i = next(numbers)
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         prompt = np.arange(i, i + prompt_len) % vocab
-        request = check_request(f"warm-up-{i}", prompt, params, engine.limits, time.monotonic())
-        engine.submit(request, lambda output: None)
+        made = check_request(f"warm-up-{i}", prompt, params, engine.limits, time.monotonic())
+        return made, lambda output: None
 
     new_tokens = min(16, length - 1)
-    for _ in range(slots):
-        submit(max(1, min(16, length - new_tokens)), new_tokens)
+    prompt_len = max(1, min(16, length - new_tokens))
+    engine.submit(*(request(prompt_len, new_tokens) for _ in range(slots)))
     while engine.stats()["waiting"] or engine.stats()["generation_tokens_total"] < slots:
         engine.step()
     tokens, begin = engine.stats()["generation_tokens_total"], time.perf_counter()
@@ -55,7 +56,7 @@ def warm_up(engine: Engine) -> Speed:
         pass
     rate = (engine.stats()["generation_tokens_total"] - tokens) / (time.perf_counter() - begin)
     for _ in range(2):  # the first may still touch new memory
-        submit(chunk, 1)
+        engine.submit(request(chunk, 1))
         seconds = sum(engine.step_apart())
     engine.reset_counters()
     return Speed(slots, slots / rate, chunk, seconds)

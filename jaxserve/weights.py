@@ -29,12 +29,20 @@ def layout_for(platform: str) -> Layout:
     return "unrolled" if platform in ("gpu", "cuda", "rocm") else "scan"
 
 
-def weights_digest(folder: Path) -> str:
-    """Of every byte of the configuration and the weights, about a second per GB."""
+def model_digest(folder: Path, *, weights: bool) -> str:
+    """Of every byte of the configuration, the tokenizer and, if so, the weights: about a second per GB.
+
+    generation_config.json is left out: what it says is in the requests.
+    """
+    suffixes = {".json", ".jinja", ".model", ".txt"} | ({".safetensors"} if weights else set())
     digest = hashlib.blake2b(digest_size=16)
-    orbax = orbax_io.is_orbax(folder)
-    files = orbax_io.weight_files(folder) if orbax else sorted(folder.glob("*.safetensors"))
-    for file in [folder / "config.json", *files]:
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
+    if weights and orbax_io.is_orbax(folder):
+        files += orbax_io.weight_files(folder)
+    for file in files:
+        if file.name == "generation_config.json":
+            continue
+        digest.update(str(file.relative_to(folder)).encode() + b"\0")
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "blake2b").digest())
     return digest.hexdigest()

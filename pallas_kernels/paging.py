@@ -1,4 +1,4 @@
-"""Reading and writing pages in plain XLA: what both attention references share."""
+"""What both attention references share: pages in plain XLA, and the softmax that is rescaled as it goes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,23 @@ MASKED = -1e30  # a score that loses to any real one; -inf would make inf - inf 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def cap(scores: Float[Array, "*s"], soft_cap: float | None) -> Float[Array, "*s"]:
+    """Scores bent into (-soft_cap, soft_cap) (Bello et al. 2016; Gemma 2)."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def softmax_start(
+    shape: tuple[int, ...], sinks: Float[Array, "*heads"] | None
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """(the greatest score, the sum of exponentials over it) before any key was seen.
+
+    sinks: a score for each head that takes part in the sum and has no value (Xiao et al. 2023; gpt-oss).
+    """
+    if sinks is None:
+        return jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape, jnp.float32)
 
 
 def write_tokens(

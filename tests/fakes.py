@@ -148,14 +148,17 @@ class FakeEngine:
     def healthy(self) -> bool:
         return self.failure is None
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, *requests: tuple[Request, Sink]) -> None:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            self.events.append((self.steps, "submit", request.request_id))
-            self._counts["requests_total"] += 1
-            last = int(request.prompt_token_ids[-1])
-            self._waiting.extend(_Sequence(request, sink, index, last) for index in range(request.params.n))
+            for request, sink in requests:
+                self.events.append((self.steps, "submit", request.request_id))
+                self._counts["requests_total"] += 1
+                last = int(request.prompt_token_ids[-1])
+                self._waiting.extend(
+                    _Sequence(request, sink, index, last) for index in range(request.params.n)
+                )
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def greedy(engine, prompt, tokens=12) -> list[int]:
     out: list[int] = []
     params = SamplingParams(temperature=0.0, max_tokens=tokens)
     request = check_request("r", prompt, params, engine.limits, 0.0)
-    engine.submit(request, lambda o: out.extend(o.token_ids))
+    engine.submit((request, lambda o: out.extend(o.token_ids)))
     while engine.step():
         pass
     return out
@@ -202,3 +203,34 @@ def test_generation_config_gives_the_sampling_defaults(tmp_path):
 def test_a_pool_smaller_than_one_sequence_is_refused(folder):
     with pytest.raises(ValueError, match=r"--kv-pages=3 .* hold 48 tokens, less than .*--max-model-len=256"):
         build.plan_engine(str(folder), options(kv_pages=3), lambda line: None)
+
+
+def test_the_fingerprint_of_answers(tmp_path: Path) -> None:
+    """What changes an answer changes it; what does not, does not."""
+    folder = tiny.write_model(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    options = EngineOptions()
+    before = build.fingerprint(folder, options, "float32")
+    for same in ({"max_queued": 5}, {"response_cache": 9}, {"step_timeout": 1.0}, {"kv_pages": 99}):
+        assert build.fingerprint(folder, dataclasses.replace(options, **same), "float32") == before
+    changed = [build.fingerprint(folder, options, "bfloat16")]
+    for other in ({"page_size": 128}, {"reproducible": True}, {"prefill_chunk": 64}, {"max_slots": 4}):
+        changed.append(build.fingerprint(folder, dataclasses.replace(options, **other), "float32"))
+    (folder / "generation_config.json").write_text("{}")  # what it says is in the requests
+    assert build.fingerprint(folder, options, "float32") == before
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
+        with (folder / name).open("ab") as file:
+            file.write(b" ")
+        changed.append(build.fingerprint(folder, options, "float32"))
+    assert len({before, *changed}) == 1 + len(changed)
+
+
+def test_on_a_gpu_reproducible_means_that_nothing_is_timed() -> None:
+    chosen = build.compiler_options("gpu", reproducible=True)
+    assert chosen == {
+        "xla_gpu_deterministic_ops": True,
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": False,
+    }
+    for platform, reproducible in (("gpu", False), ("cpu", True), ("tpu", True)):
+        assert build.compiler_options(platform, reproducible=reproducible) == {}

@@ -358,7 +358,7 @@ class Asked:
         self._left = one.params.sequences
         self._ended = threading.Event()
         self.request = one
-        engine.submit(one, self._put)
+        engine.submit((one, self._put))
 
     def _put(self, output: Output) -> None:
         self.outputs.append(output)

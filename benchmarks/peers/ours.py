@@ -32,7 +32,7 @@ def generate(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Run:
     begin = time.perf_counter()
     for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt, np.int32)
-        engine.submit(check_request(str(i), ids, params, engine.limits, time.monotonic()), sink)
+        engine.submit((check_request(str(i), ids, params, engine.limits, time.monotonic()), sink))
     while engine.step():
         pass
     return Run(begin, times, tokens)

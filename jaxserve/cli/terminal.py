@@ -70,7 +70,7 @@ def stream(llm: LLM, prompt_token_ids: Sequence[int], params: SamplingParams) ->
     request = check_request(request_id, prompt_token_ids, params, llm.engine.limits, time.monotonic())
     outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
     finished = False
-    llm.engine.submit(request, outputs.put)
+    llm.engine.submit((request, outputs.put))
     try:
         while not finished:
             try:

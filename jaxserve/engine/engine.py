@@ -16,6 +16,7 @@ import math
 import random
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -107,8 +108,9 @@ class Engine:
         self._totals = dict.fromkeys(TOTALS, 0)
         self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
         self._step_timeout = step_timeout
-        self._waits_for: tuple[float, _Flight] | None = None  # since when, while a step is read back
+        self._waits_for: tuple[float, _Flight] | None = None  # since when, while the device has the word
         self._rate = _Rate()
+        self._busy = 0.0  # seconds spent in steps
         self._most_steps = scheduler.multi_step
         self._choose_steps = choose_steps
         self._looked_at = StepTimes()
@@ -129,22 +131,21 @@ class Engine:
         programs = ", ".join(f"{kind} {bucket}" for kind, bucket in waits[1].programs)
         return f"the device has not finished step {waits[1].plan.step} ({programs}) for {seconds:.0f} s"
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queues a request and returns. `sink` is called on the engine's thread and must not block.
+    def submit(self, *requests: tuple[Request, Sink]) -> None:
+        """Queues requests, all or none. A sink is called on the engine's thread and must not block.
 
-        Raises EngineBusy when the queue is full, RuntimeError when the engine is dead or closed.
+        Where nobody waits they are taken however many there are. Raises EngineBusy when the queue is full,
+        RuntimeError when the engine is dead or closed.
         """
         with self._wake:
             if not self.healthy:
                 raise RuntimeError(f"the engine does not run: {self.failure or 'it was closed'}")
             waiting, tokens = self._queued()
-            full = waiting >= self._max_queued or (
-                waiting and tokens + len(request.prompt_token_ids) > self._max_queued_tokens
-            )
-            if full:
-                self._totals["rejected_total"] += 1
+            new = sum(len(request.prompt_token_ids) for request, _ in requests)
+            if waiting >= self._max_queued or (waiting and tokens + new > self._max_queued_tokens):
+                self._totals["rejected_total"] += len(requests)
                 raise EngineBusy(self._rate.seconds_for(waiting))
-            self._inbox.append((request, sink))
+            self._inbox.extend(requests)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -210,6 +211,7 @@ class Engine:
             self._commit(flight)
         if self._flight is None and flight is None:
             return False
+        self._busy += time.perf_counter() - begin
         self.times.steps += 1
         self.times.decoded += 0 if plan.decode is None else plan.decode.steps
         self.times.host += time.perf_counter() - begin - (self.times.wait - waited)
@@ -304,7 +306,7 @@ class Engine:
 
     def _dispatch(self, plan: StepPlan) -> _Flight:
         flight = _Flight(plan)
-        with jax.no_tracing():  # after warm-up a compile is an error
+        with jax.no_tracing(), self._watched(flight):  # after warm-up a compile is an error
             for row in plan.prefill:
                 if row.first and batch.needs_edits(row.params):
                     self._edit(row)
@@ -314,8 +316,8 @@ class Engine:
                 bucket = bucket_for(self._decode_buckets, len(plan.decode.slots))
                 program = self._programs["decode", bucket]
                 packed = batch.pack_decode(plan.decode, bucket=bucket)
-                self._state, flight.decode = program(self._params, self._state, packed)
                 flight.programs.append(("decode", bucket))
+                self._state, flight.decode = program(self._params, self._state, packed)
         return flight
 
     def _edit(self, row: PrefillRow) -> None:
@@ -336,10 +338,10 @@ class Engine:
             max_rows=self._prefill_rows[bucket],
             pages_per_slot=self.scheduler.pages_per_slot,
         )
+        flight.programs.append(("prefill", bucket))
         self._state, flight.prefill, hidden = self._programs["prefill", bucket](
             self._params, self._state, packed
         )
-        flight.programs.append(("prefill", bucket))
         if any(row.targets is not None for row in rows):
             targets = np.full(bucket, -1, np.int32)
             start = 0
@@ -352,12 +354,18 @@ class Engine:
     def _read(self, flight: _Flight, *arrays: jax.Array | None) -> list[NDArray[np.int32]]:
         """Waits for results, each i32[.., RESULT_WIDTH]; an empty array for None."""
         begin = time.perf_counter()
-        self._waits_for = (time.monotonic(), flight)
         none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
-        read = [none if array is None else np.asarray(array) for array in arrays]
-        self._waits_for = None
+        with self._watched(flight):
+            read = [none if array is None else np.asarray(array) for array in arrays]
         self.times.wait += time.perf_counter() - begin
         return read
+
+    @contextlib.contextmanager
+    def _watched(self, flight: _Flight) -> Iterator[None]:
+        """What takes too long in here is what `stuck` names: a dispatch, or the wait for its results."""
+        self._waits_for = (time.monotonic(), flight)
+        yield
+        self._waits_for = None
 
     def _commit(self, flight: _Flight) -> None:
         """First tokens are read and sent while the step's decode still runs."""
@@ -396,11 +404,11 @@ class Engine:
                 finish = Finish.STOP
             if finish is not None:
                 del self._streams[sequence]
-                self._rate.ended(time.monotonic())
+                self._rate.ended(self._busy)
 
 
 class _Rate:
-    """How fast sequences end, to tell a client that is refused when to come back."""
+    """How fast sequences end while there is work, to tell a client that is refused when to come back."""
 
     WINDOW = 32  # sequences
     MOST = 120  # seconds
@@ -408,8 +416,9 @@ class _Rate:
     def __init__(self) -> None:
         self._ends: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
 
-    def ended(self, now: float) -> None:
-        self._ends.append(now)
+    def ended(self, busy: float) -> None:
+        """busy: seconds of work so far."""
+        self._ends.append(busy)
 
     def seconds_for(self, sequences: int) -> int:
         """Whole seconds, 1 .. MOST, in which so many end at the present rate; 1 while nothing is known."""

@@ -25,22 +25,30 @@ BLOCK = 128  # tokens of the vocabulary that a draw looks at together
 
 
 class Edits(NamedTuple):
-    """The state's rows that change logits; see `EngineState`."""
+    """What of the state changes logits, a row for each slot; see `EngineState`."""
 
-    counts: Int[Array, "B V"]
-    prompt: UInt32[Array, "B W"]
-    allowed: UInt32[Array, "B W"]
-    bias_tokens: Int[Array, "B n"]
-    bias: Float[Array, "B n"]
+    counts: Int[Array, "slots V"]
+    prompt: UInt32[Array, "slots W"]
+    allowed: UInt32[Array, "slots W"]
+    bias_tokens: Int[Array, "slots n"]
+    bias: Float[Array, "slots n"]
 
 
 def sample(
-    logits: Float[Array, "B V"], rows: SamplingRows, edits: Edits, positions: Int[Array, " B"]
+    logits: Float[Array, "B V"],
+    rows: SamplingRows,
+    edits: Edits,
+    slots: Int[Array, " B"],
+    positions: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """The token that each row draws for `positions`."""
+    """The token that each row, which holds slot `slots[b]`, draws for `positions`."""
     with jax.named_scope("sample"):
         edited = (rows.flags & EDITED) != 0
-        logits = jax.lax.cond(jnp.any(edited), lambda x: _edit(x, rows, edits, edited), lambda x: x, logits)
+
+        def edit(logits: Array) -> Array:  # the slots' rows are read only where somebody needs them
+            return _edit(logits, rows, jax.tree.map(lambda x: x[slots], edits), edited)
+
+        logits = jax.lax.cond(jnp.any(edited), edit, lambda x: x, logits)
         early = positions < rows.min_end
         logits = jax.lax.cond(jnp.any(early), lambda x: _forbid_stop(x, rows, early), lambda x: x, logits)
         best = _argmax(logits)
@@ -64,6 +72,7 @@ def _argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
 def _edit(
     logits: Float[Array, "B V"], rows: SamplingRows, edits: Edits, edited: Bool[Array, " B"]
 ) -> Float[Array, "B V"]:
+    """edits: the rows' own."""
     vocab = logits.shape[1]
     kept = jnp.where(_bits(edits.allowed, vocab), logits, -jnp.inf)
     index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]

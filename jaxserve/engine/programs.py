@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -37,9 +37,9 @@ class Program:
     def key(self) -> Key:
         return self.kind, self.bucket
 
-    def compile(self) -> jax.stages.Compiled:
+    def compile(self, options: Mapping[str, bool | int]) -> jax.stages.Compiled:
         jitted = jax.jit(self.function, donate_argnums=self.donate, out_shardings=self.out_shardings)
-        return jitted.lower(*self.arguments).compile()
+        return jitted.lower(*self.arguments).compile(compiler_options=dict(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,10 @@ class Memory:
 
 
 class Programs:
+    """compiler_options: XLA's, for each program that is not compiled yet."""
+
     def __init__(self) -> None:
+        self.compiler_options: Mapping[str, bool | int] = {}
         self._registered: dict[Key, Program] = {}
         self._compiled: dict[Key, jax.stages.Compiled] = {}
 
@@ -86,7 +89,7 @@ class Programs:
 
         def one(key: Key) -> tuple[Key, jax.stages.Compiled, float]:
             start = time.perf_counter()
-            compiled = self._registered[key].compile()
+            compiled = self._registered[key].compile(self.compiler_options)
             return key, compiled, time.perf_counter() - start
 
         with concurrent.futures.ThreadPoolExecutor(max_workers=threads) as pool:

@@ -31,6 +31,9 @@ from jaxserve.engine.state import EngineState, mask_words
 from jaxserve.models.decoder import Attend, Decoder, Params, Pool
 from jaxserve.scheduler.types import MAX_LOGIT_BIAS
 from pallas_kernels import decode_attention, prefill_attention
+from pallas_kernels.chips import chip_of
+from pallas_kernels.decode_attention import implementation_for as decode_implementation
+from pallas_kernels.prefill_attention import implementation_for as prefill_implementation
 from sharding import partition_spec
 
 LOGPROB_CHUNK = 64  # prompt tokens whose whole vocabulary row exists at one time
@@ -46,11 +49,12 @@ class Steps:
 
     def prefill(self, params: Params, pool: Pool, batch: PrefillBatch) -> tuple[Float[Array, "T D"], Pool]:
         """Hidden states of packed chunks, and the pool with their keys and values."""
+        chip = chip_of(self.mesh.devices.flat[0])
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
             table, starts, counts, offsets = rows
             return prefill_attention(
-                q, kv, pool, layer, table, starts, counts, offsets, window, scale=self._scale
+                q, kv, pool, layer, table, starts, counts, offsets, window, scale=self._scale, chip=chip
             )
 
         rows = (batch.tables, batch.starts, batch.counts, batch.offsets)
@@ -69,10 +73,11 @@ class Steps:
 
         Inactive rows write nothing.
         """
+        chip = chip_of(self.mesh.devices.flat[0])
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
             table, lengths = rows
-            return decode_attention(q, kv, pool, layer, table, lengths, window, scale=self._scale)
+            return decode_attention(q, kv, pool, layer, table, lengths, window, scale=self._scale, chip=chip)
 
         rows = (tables, jnp.where(active, positions + 1, 0))
         return self.model.hidden_states(params, pool, tokens, positions, self._attend(call, rows))
@@ -169,19 +174,21 @@ class Steps:
             temperature=jnp.where(active, rows.temperature, 0.0),
             min_end=jnp.where(active, rows.min_end, 0),
         )
-        edits = heads.Edits(
-            state.counts[at], state.prompt[at], state.allowed[at], state.bias_tokens[at], state.bias[at]
-        )
-        drawn = heads.sample(logits, rows, edits, positions)
+        edits = heads.Edits(state.counts, state.prompt, state.allowed, state.bias_tokens, state.bias)
+        drawn = heads.sample(logits, rows, edits, at, positions)
         drawn = jnp.where(active, jnp.where(forced >= 0, forced, drawn), -1)
         stopped = jnp.any(rows.stop == drawn[:, None], axis=1) | (positions + 1 >= rows.limit)
         edited = active & ((rows.flags & EDITED) != 0)
         counted = jnp.where(edited, at, state.counts.shape[0])
+
+        def count(counts: Array) -> Array:
+            return counts.at[counted, jnp.maximum(drawn, 0)].add(1, mode="drop")
+
         state = dataclasses.replace(
             state,
             tokens=_scatter(state.tokens, slots, active, drawn),
             done=_scatter(state.done, slots, reset, active & stopped),
-            counts=state.counts.at[counted, jnp.maximum(drawn, 0)].add(1, mode="drop"),
+            counts=jax.lax.cond(jnp.any(edited), count, lambda counts: counts, state.counts),
         )
         return state, heads.result_columns(logits, drawn, rows, self.mesh)
 
@@ -219,6 +226,17 @@ class Steps:
 
         rows = jax.lax.map(part, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
         return rows.reshape(hidden.shape[0], -1)
+
+    def kernels(self, page_size: int) -> dict[str, str]:
+        """Kernel -> the implementation of it that this model takes on this mesh."""
+        c, parts = self.model.config, self.mesh.shape["tensor"]
+        q = jax.ShapeDtypeStruct((1, c.num_heads // parts, c.head_dim), self.model.dtype)
+        pool = jax.ShapeDtypeStruct((1, 1, page_size, 2 * c.kv_size // parts), self.model.dtype)
+        chip = chip_of(self.mesh.devices.flat[0])
+        return {
+            "decode attention": decode_implementation(chip, q, pool),
+            "prefill attention": prefill_implementation(chip, q, pool),
+        }
 
     @property
     def _scale(self) -> float:

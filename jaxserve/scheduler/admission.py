@@ -28,13 +28,15 @@ from jaxserve.scheduler.types import Sequence, Tier
 class WaitingQueue:
     """Sequences that hold nothing, by rank; a heap for each tier.
 
-    A batch sequence that has waited `batch_patience` seconds moves to the online heap, for good.
+    A batch sequence that is not done `batch_patience` seconds after it came moves to the online heap, for
+    good: one at a time, so that it gets done and a long queue of them does not take online work's place.
     """
 
     def __init__(self, batch_patience: float) -> None:
         self._patience = batch_patience
         self._heaps: dict[Tier, RemovableHeap[Sequence]] = {tier: RemovableHeap() for tier in Tier}
-        self._since: RemovableHeap[Sequence] = RemovableHeap()  # of batch: by the time of queueing
+        self._since: RemovableHeap[Sequence] = RemovableHeap()  # of batch: by arrival
+        self._promoted: Sequence | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._heaps.values()))
@@ -46,10 +48,10 @@ class WaitingQueue:
         """In no particular order."""
         return [sequence for heap in self._heaps.values() for sequence in heap]
 
-    def push(self, sequence: Sequence, now: float) -> None:
+    def push(self, sequence: Sequence) -> None:
         if sequence.rank[0]:
             self._heaps[Tier.BATCH].push(sequence.rank, sequence)
-            self._since.push(now, sequence)
+            self._since.push(sequence.request.arrival_time, sequence)
         else:
             self._heaps[Tier.ONLINE].push(sequence.rank, sequence)
 
@@ -62,12 +64,15 @@ class WaitingQueue:
         return None if entry is None else entry[1]
 
     def promote(self, now: float) -> None:
-        """Moves the batch sequences whose patience is over."""
-        while (entry := self._since.first()) is not None and entry[0] + self._patience <= now:
-            sequence = entry[1]
+        """Moves the first to come if its patience is over and the one moved before has ended."""
+        if self._promoted is not None and self._promoted.finish is None:
+            return
+        self._promoted = None
+        if (entry := self._since.first()) is not None and entry[0] + self._patience <= now:
+            sequence = self._promoted = entry[1]
             self.remove(sequence)
             sequence.rank = promoted(sequence.rank)
-            self.push(sequence, now)
+            self.push(sequence)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ Neither can lead to a deadlock. Everything that may be held is held by running s
 needs more than the whole pool is accepted: the highest-ranked running sequence is never a victim of the
 second kind and finds all pages it wants once the others gave theirs, so that every plan takes it further.
 When it ends, another is the highest. Of the first kind, each victim makes way for a sequence of a higher
-rank, and after `batch_patience` seconds of waiting a batch sequence counts as online and is no victim any
-more.
+rank. The batch sequence that came first counts as online once `batch_patience` seconds have passed, and is no
+victim any more; after its end the next one does. So each gets done, whatever online work there is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rank_of(request: Request, order: int, aging_seconds: float) -> Rank:
 
 
 def promoted(rank: Rank) -> Rank:
-    """The rank of a batch sequence that has waited so long that it counts as online."""
+    """The rank of a batch sequence that counts as online."""
     return False, *rank[1:]
 
 

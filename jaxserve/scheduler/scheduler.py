@@ -76,7 +76,7 @@ class Scheduler:
     simulate: admit by the simulated peak of pages; False: by the sum of what everybody may come to hold.
     overcommit: let that peak be so many times the pool, at least 1.
     aging_seconds: waiting so long raises a sequence's priority by one.
-    batch_patience: a batch sequence that waits so many seconds counts as online.
+    batch_patience: seconds after its arrival a batch sequence that waits counts as online, one at a time.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Scheduler:
         for sequence in sequences:
             sequence.rank = rank_of(request, self._added, self._aging_seconds)
             self._added += 1
-            self._queue(sequence, request.arrival_time)
+            self._queue(sequence)
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -292,9 +292,9 @@ class Scheduler:
             self._deadlines.remove(request_id)
             self._sharing.leave(request_id)
 
-    def _queue(self, sequence: Sequence, since: float) -> None:
+    def _queue(self, sequence: Sequence) -> None:
         sequence.status = Status.PREEMPTED if sequence.output else Status.WAITING
-        self._waiting.push(sequence, since)
+        self._waiting.push(sequence)
         self._counts[f"{sequence.status}_{sequence.request.tier}"] += 1
         self._waiting_tokens += 0 if sequence.index else sequence.prompt_len
 
@@ -321,7 +321,7 @@ class Scheduler:
         sequence.matched = -1
         sequence.known = sequence.computed = 0
         sequence.resumed = sequence.sampled = 0 if self._replay else len(sequence.output)
-        self._queue(sequence, self._now)
+        self._queue(sequence)
         self._totals["preemptions"] += 1
 
     # -- what the device does next ---------------------------------------------------------------------

@@ -95,9 +95,10 @@ class Call:
     def __enter__(self) -> Self:
         self._bridge.calls.add(self)
         try:
-            for prompt, request in enumerate(self._requests):
-                self._engine.submit(request, self._bridge.sink(self, prompt))
-        except EngineBusy as error:  # all of its prompts or none
+            self._engine.submit(
+                *((request, self._bridge.sink(self, prompt)) for prompt, request in enumerate(self._requests))
+            )
+        except EngineBusy as error:
             self.__exit__()
             raise queue_full(error) from error
         except RuntimeError as error:  # the engine closed or died between the check and here

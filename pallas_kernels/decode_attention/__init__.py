@@ -5,9 +5,24 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.chips import Chip, ShapeDtype, pick, this_chip
+from pallas_kernels.decode_attention import mosaic_gpu, reference, tpu
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = {
+    "tpu": tpu.decode_attention,
+    "mosaic_gpu": mosaic_gpu.decode_attention,
+    "xla": reference.decode_attention,
+}
+
+
+def implementation_for(chip: Chip, q: ShapeDtype, pool: ShapeDtype, implementation: str | None = None) -> str:
+    """What runs on a chip for these shapes and dtypes; `decode_attention` says what the rest means."""
+    reasons = {
+        "tpu": tpu.refusal(chip, q, pool),
+        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
+        "xla": None,
+    }
+    return pick("decode attention", implementation, chip, reasons)
 
 
 def decode_attention(
@@ -18,9 +33,12 @@ def decode_attention(
     table: Int[Array, "B PP"],
     lengths: Int[Array, " B"],
     window: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    soft_cap: float | None = None,
     implementation: str | None = None,
+    chip: Chip | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P page 2KH"]]:
     """(what each row's query saw, the pool with the new token in it).
 
@@ -28,13 +46,19 @@ def decode_attention(
         output is zero and which writes nothing.
     table: the row's pages in order; unused entries negative.
     window: positions seen, the query's own included; a huge one sees all.
-    Raises ValueError for shapes that do not fit or an implementation that is not there.
+    sinks: a score for each head that takes part in the softmax's sum and has no value.
+    soft_cap: scores are bent into (-soft_cap, soft_cap).
+    implementation: one of IMPLEMENTATIONS; None takes the first that can run on the chip.
+    chip: compiled for; None takes the one that is here.
+    Raises ValueError for shapes that do not fit or an implementation that is not there or cannot run.
     """
     check(q, kv, pool, table, rows=q.shape[0])
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"{implementation=} of decode attention is not one of {IMPLEMENTATIONS}")
+    chip = chip or this_chip()
+    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, implementation)]
     with jax.named_scope("decode_attention"):
-        return reference.decode_attention(q, kv, pool, layer, table, lengths, window, scale=scale)
+        return run(
+            q, kv, pool, layer, table, lengths, window, sinks, scale=scale, soft_cap=soft_cap, chip=chip
+        )
 
 
 def check(q: Array, kv: Array, pool: Array, table: Array, *, rows: int) -> None:

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paging import MASKED, pad_table, pages_per_block, precision, read_pages, write_tokens
+from pallas_kernels.chips import Chip
+from pallas_kernels.paging import (
+    MASKED,
+    cap,
+    pad_table,
+    pages_per_block,
+    precision,
+    read_pages,
+    softmax_start,
+    write_tokens,
+)
 
 BLOCK = 64  # cached positions at a time: at 32 rows of 160 positions a fifth faster on CPU than 128
 
@@ -26,8 +36,11 @@ def decode_attention(
     table: Int[Array, "B PP"],
     lengths: Int[Array, " B"],
     window: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    soft_cap: float | None = None,
+    chip: Chip | None = None,  # the same on each
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P page 2KH"]]:
     rows, heads, size = q.shape
     page = pool.shape[2]
@@ -53,7 +66,7 @@ def decode_attention(
         cached = jnp.where(visible[:, :, None], read_pages(pool, layer, pages), 0)
         cached = cached.reshape(rows, block, kv_heads, 2, size)
         scores = jnp.einsum("bkgh,bskh->bkgs", query, cached[:, :, :, 0], **dot) * scale
-        scores = jnp.where(visible[:, None, None, :], scores, MASKED)
+        scores = jnp.where(visible[:, None, None, :], cap(scores, soft_cap), MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(visible[:, None, None, :], jnp.exp(scores - new_top[..., None]), 0.0)
         keep = jnp.exp(top - new_top)
@@ -62,11 +75,8 @@ def decode_attention(
         return new_top, total, seen * keep[..., None] + values
 
     shape = (rows, kv_heads, group)
-    start = (
-        jnp.full(shape, MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, size), jnp.float32),
-    )
+    top, total = softmax_start(shape, None if sinks is None else sinks.reshape(kv_heads, group))
+    start = (top, total, jnp.zeros((*shape, size), jnp.float32))
     first = jnp.min(jnp.where(lengths > 0, jnp.maximum(lengths - window, 0), jnp.int32(2**30))) // block
     _, total, seen = jax.lax.fori_loop(first, (jnp.max(lengths) + block - 1) // block, body, start)
     out = seen / jnp.maximum(total, 1e-30)[..., None]  # an empty row has total 0 and seen 0

@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.paging import MASKED, pad_table, pages_per_block, precision, read_pages, write_tokens
+from pallas_kernels.chips import Chip
+from pallas_kernels.paging import (
+    MASKED,
+    cap,
+    pad_table,
+    pages_per_block,
+    precision,
+    read_pages,
+    softmax_start,
+    write_tokens,
+)
 
 QUERY_BLOCK = 128  # packed query tokens at a time
 KEY_BLOCK = 128  # cached positions at a time
@@ -30,8 +40,11 @@ def prefill_attention(
     counts: Int[Array, " R"],
     offsets: Int[Array, " R"],
     window: Int[Array, ""],
+    sinks: Float[Array, " N"] | None = None,
     *,
     scale: float,
+    soft_cap: float | None = None,
+    chip: Chip | None = None,  # the same on each
 ) -> tuple[Float[Array, "T N H"], Float[Array, "L P page 2KH"]]:
     tokens, heads, size = q.shape
     page = pool.shape[2]
@@ -71,7 +84,7 @@ def prefill_attention(
             ahead = position[:, None] - key_position[None, :]
             visible = ((ahead >= 0) & (ahead < window) & mine[:, None])[None, :, None, :]
             scores = jnp.einsum("kqh,skh->kqs", query, cached[:, :, 0], **dot) * scale
-            scores = scores.reshape(kv_heads, queries, group, block)
+            scores = cap(scores, soft_cap).reshape(kv_heads, queries, group, block)
             scores = jnp.where(visible, scores, MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -83,11 +96,8 @@ def prefill_attention(
             return new_top, total, seen * keep[..., None] + values
 
         shape = (kv_heads, queries, group)
-        begin = (
-            jnp.full(shape, MASKED, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros((*shape, size), jnp.float32),
-        )
+        top, total = softmax_start(shape, None if sinks is None else sinks.reshape(kv_heads, 1, group))
+        begin = (top, total, jnp.zeros((*shape, size), jnp.float32))
         low = jnp.maximum(first - window + 1, 0) // block
         _, total, seen = jax.lax.fori_loop(low, last // block + 1, key_block, begin)
         done = (seen / jnp.maximum(total, 1e-30)[..., None]).transpose(1, 0, 2, 3).astype(q.dtype)

@@ -73,7 +73,7 @@ def ask(engine: Engine) -> Callable[..., Reply]:
         reply.request = check_request(  # type: ignore[attr-defined]
             f"request-{next(count)}", np.asarray(prompt), SamplingParams(**params), engine.limits, 0.0
         )
-        engine.submit(reply.request, reply)  # type: ignore[attr-defined]
+        engine.submit((reply.request, reply))  # type: ignore[attr-defined]
         return reply
 
     return ask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxserve.build import build_engine
-from jaxserve.engine.outputs import Output
+from jaxserve.engine.engine import _Rate
+from jaxserve.engine.outputs import EngineBusy, Output
 from jaxserve.scheduler.types import Finish, SamplingParams, check_request
 from tests.engine.conftest import OPTIONS
 from tests.tiny import VOCAB
@@ -154,6 +156,37 @@ def test_a_slot_forgets_who_was_there(engine, ask, run):
     assert run(prompt, max_tokens=5, allowed_token_ids=(1,)).tokens() == [1] * 5
 
 
+def test_a_queue_shorter_than_the_slots(tiny_folder):
+    """Nobody waits, so all are taken; then the queue is full, and again so when they are done."""
+    engine = build_engine(str(tiny_folder), dataclasses.replace(OPTIONS, max_queued=2))
+    count = iter(range(100))
+
+    def one(tokens: int):
+        params = SamplingParams(temperature=0.0, max_tokens=tokens)
+        return check_request(str(next(count)), [1, 2, 3], params, engine.limits, 0.0), replies.append
+
+    for _ in range(2):
+        replies: list[Output] = []
+        engine.submit(*(one(3) for _ in range(20)))
+        with pytest.raises(EngineBusy) as refused:
+            engine.submit(one(3))
+        assert 1 <= refused.value.retry_after <= 2
+        while engine.step():
+            pass
+        assert sum(reply.finish_reason is not None for reply in replies) == 20
+    assert engine.stats()["rejected_total"] == 2
+    engine.close()
+
+
+def test_retry_after_follows_the_work_and_not_the_clock():
+    rate = _Rate()
+    for busy in (0.0, 0.5, 1.0):  # seconds of work, whatever time passed between
+        rate.ended(busy)
+    assert rate.seconds_for(10) == 5
+    assert _Rate().seconds_for(10) == 1
+    assert rate.seconds_for(10**6) == 120
+
+
 def test_the_whole_context_is_usable(engine, run):
     length = engine.limits.max_model_len
     reply = run(np.arange(length - 1) % VOCAB, max_tokens=1)
@@ -177,7 +210,7 @@ def test_a_thread_serves_others_and_a_failure_reaches_everyone(tiny_folder, monk
         return check_request(name, [1, 2, 3], params, engine.limits, 0.0)
 
     engine.start()
-    engine.submit(request("a"), sink)
+    engine.submit((request("a"), sink))
     assert done.wait(60) and seen[-1].finish_reason is Finish.LENGTH
     done.clear()
 
@@ -185,12 +218,12 @@ def test_a_thread_serves_others_and_a_failure_reaches_everyone(tiny_folder, monk
         raise RuntimeError("injected")
 
     monkeypatch.setattr(engine, "_dispatch", broken)
-    engine.submit(request("b"), sink)
+    engine.submit((request("b"), sink))
     assert done.wait(60)
     assert seen[-1].finish_reason is Finish.ABORT and "injected" in (seen[-1].error or "")
     assert not engine.healthy
     with pytest.raises(RuntimeError, match="injected"):
-        engine.submit(request("c"), sink)
+        engine.submit((request("c"), sink))
     engine.close()
 
 
@@ -252,7 +285,7 @@ def test_a_device_that_does_not_come_back_is_named(engine, ask, monkeypatch):
     while engine.step():
         pass
     watcher.join()
-    assert seen and f"decode {bucket}" in seen[0] and "prefill" in seen[0]
+    assert seen and f"decode {bucket}" in seen[-1] and "prefill" in seen[-1]
     assert engine.stuck is None
 
 

@@ -27,7 +27,13 @@ DRAWS = 8192
 LEAST_P = 1e-4
 ONE, TWO = (make_mesh(parse_mesh(f"tensor={devices}")) for devices in (1, 2))
 
-sample = jax.jit(heads.sample)
+
+@jax.jit
+def sample(logits, rows, edits, positions):
+    """Row b holds slot b."""
+    return heads.sample(logits, rows, edits, jnp.arange(logits.shape[0], dtype=jnp.int32), positions)
+
+
 logprob_columns = jax.jit(heads.logprob_columns, static_argnums=2)
 
 

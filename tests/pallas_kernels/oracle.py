@@ -18,9 +18,20 @@ def write(pool: Wide, kv: Wide, layer: int, pages: NDArray[np.int32], position: 
 
 
 def attend(
-    query: Wide, pool: Wide, layer: int, pages: NDArray[np.int32], position: int, window: int, scale: float
+    query: Wide,
+    pool: Wide,
+    layer: int,
+    pages: NDArray[np.int32],
+    position: int,
+    window: int,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: Wide | None = None,
 ) -> Wide:
-    """What one query [N, H] at `position` sees of its sequence: [N, H]."""
+    """What one query [N, H] at `position` sees of its sequence: [N, H].
+
+    sinks [N]: each head's is a key more, whose score it is and whose value is zero.
+    """
     heads, size = query.shape
     page, kv_heads = pool.shape[2], pool.shape[3] // (2 * size)
     seen = np.arange(max(0, position - window + 1), position + 1)
@@ -29,6 +40,10 @@ def attend(
     for head in range(heads):
         keys, values = cached[:, head // (heads // kv_heads), 0], cached[:, head // (heads // kv_heads), 1]
         scores = keys @ query[head] * scale
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        if sinks is not None:
+            scores, values = np.append(scores, sinks[head]), np.vstack([values, np.zeros(size)])
         weights = np.exp(scores - scores.max())
         out[head] = weights @ values / weights.sum()
     return out

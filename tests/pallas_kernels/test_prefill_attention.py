@@ -21,7 +21,9 @@ LAYERS, LAYER = 2, 1
 ROWS, TOKENS = 4, 256
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(ml_dtypes.bfloat16): 1e-2}
 
-attend = jax.jit(prefill_attention, static_argnames=("scale", "implementation"), donate_argnames="pool")
+attend = jax.jit(
+    prefill_attention, static_argnames=("scale", "soft_cap", "implementation"), donate_argnames="pool"
+)
 
 # A chunk: (position of its first token, tokens). What is before it is cached already.
 Chunk = tuple[int, int]
@@ -40,18 +42,21 @@ class Problem:
     offsets: NDArray[np.int32]
     window: int
     scale: float
+    soft_cap: float | None = None
+    sinks: NDArray[np.float32] | None = None
 
     def run(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """(output, pool); the pool's buffer is given away, as the engine does."""
         out, pool = attend(
             self.q, self.kv, jnp.asarray(self.pool), np.int32(LAYER), self.table, self.starts, self.counts,
-            self.offsets, np.int32(self.window), scale=self.scale,
+            self.offsets, np.int32(self.window), self.sinks, scale=self.scale, soft_cap=self.soft_cap,
         )  # fmt: skip
         return np.asarray(out), np.asarray(pool)
 
     def expected(self) -> tuple[NDArray[Any], NDArray[Any]]:
         pool, q = self.pool.astype(np.float64), self.q.astype(np.float64)
         kv, out = self.kv.astype(np.float64), np.zeros(q.shape)
+        sinks = None if self.sinks is None else self.sinks.astype(np.float64)
         tokens = [
             (row, self.starts[row] + i, self.offsets[row] + i)
             for row in range(len(self.starts))
@@ -60,7 +65,9 @@ class Problem:
         for row, at, position in tokens:
             oracle.write(pool, kv[at], LAYER, self.table[row], position)
         for row, at, position in tokens:
-            out[at] = oracle.attend(q[at], pool, LAYER, self.table[row], position, self.window, self.scale)
+            out[at] = oracle.attend(
+                q[at], pool, LAYER, self.table[row], position, self.window, self.scale, self.soft_cap, sinks
+            )
         return out, pool.astype(self.pool.dtype)
 
 
@@ -164,6 +171,39 @@ def test_a_window_does_not_read_what_is_behind_it() -> None:
 
 def test_tokens_of_nobody_between_chunks() -> None:
     check(problem([(0, 50), (70, 40), (0, 0), (10, 60)], gap=13))
+
+
+@pytest.mark.parametrize("window", [ALL, 40])
+@pytest.mark.parametrize("soft_cap", [0.5, 5.0, 50.0])
+def test_soft_cap(soft_cap: float, window: int) -> None:
+    case = problem([(0, 65), (190, 90), (5, 20), (63, 66)], window=window)
+    want, _ = case.expected()
+    case.soft_cap = soft_cap
+    bent, _ = case.expected()
+    assert np.abs(bent - want).max() > 1e-3  # or this would show nothing
+    check(case)
+
+
+@pytest.mark.parametrize("window", [ALL, 1])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_sinks(soft_cap: float | None, window: int) -> None:
+    """Far below every score, among them, and far above: from no share of the weight to nearly all of it."""
+    case = problem([(0, 65), (190, 90), (5, 20), (63, 66)], window=window)
+    case.soft_cap = soft_cap
+    case.sinks = np.array([-100.0, 0.0, 2.0, 30.0], np.float32)
+    check(case)
+    out, _ = case.run()
+    without, _ = dataclasses.replace(case, sinks=None).run()
+    np.testing.assert_array_equal(out[:, 0], without[:, 0])
+    assert np.abs(out[:, 3]).max() < 1e-6
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
+def test_sinks_and_soft_cap_in_bf16(heads: tuple[int, int]) -> None:
+    case = problem([(0, 65), (190, 90), (5, 20), (63, 66)], heads=heads, dtype=ml_dtypes.bfloat16)
+    case.soft_cap = 5.0
+    case.sinks = np.linspace(-2, 4, heads[0], dtype=np.float32)
+    check(case)
 
 
 def test_pages_shared_between_sequences() -> None:

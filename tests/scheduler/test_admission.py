@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.scheduler.admission import Futures, WaitingQueue
 from jaxserve.scheduler.heap import RemovableHeap
 from jaxserve.scheduler.preemption import lowest, rank_of, victims
-from jaxserve.scheduler.types import Limits, Request, SamplingParams, Sequence, Tier, check_request
+from jaxserve.scheduler.types import Finish, Limits, Request, SamplingParams, Sequence, Tier, check_request
 
 LIMITS = Limits(vocab_size=10, max_model_len=32, pool_tokens=64)
 
@@ -59,8 +59,8 @@ def test_batch_gives_way_by_priority_then_the_latest_first() -> None:
 def test_patience_makes_batch_work_count_as_online() -> None:
     queue = WaitingQueue(batch_patience=60.0)
     batch, online = sequence(0, 0.0, Tier.BATCH), sequence(1, 30.0)
-    queue.push(batch, 0.0)
-    queue.push(online, 30.0)
+    queue.push(batch)
+    queue.push(online)
     queue.promote(59.0)
     assert (queue.first(Tier.ONLINE), queue.first(Tier.BATCH)) == (online, batch)
     queue.promote(60.0)
@@ -68,9 +68,12 @@ def test_patience_makes_batch_work_count_as_online() -> None:
     queue.remove(batch)
     assert queue.first(Tier.ONLINE) is online and len(queue) == 1
     again = sequence(2, 0.0, Tier.BATCH)
-    queue.push(again, 100.0)  # preempted at 100: patience counts from there
-    queue.promote(159.0)
+    queue.push(again)
+    queue.promote(1e9)  # one at a time
     assert queue.first(Tier.BATCH) is again
+    batch.finish = Finish.LENGTH
+    queue.promote(1e9)
+    assert queue.first(Tier.ONLINE) is again and queue.first(Tier.BATCH) is None
     queue.remove(again)
     queue.promote(1e9)
     assert queue.all() == [online] and again not in queue

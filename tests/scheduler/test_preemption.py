@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxserve.scheduler.scheduler import NO_TOKEN, Scheduler
-from jaxserve.scheduler.types import Finish, Status, Tier
+from jaxserve.scheduler.types import Finish, Sequence, Status, Tier
 from tests.scheduler.by_hand import STOP, commit, decoded, prefilled, request, run, scheduler
 
 EMPTY = np.zeros(0, np.int32)
@@ -145,6 +145,26 @@ def test_patient_batch_work_is_not_taken() -> None:
     assert batch.status is Status.DECODE and batch.rank[0] is False  # it came before c, and c may not take it
     commit(it, plan)
     assert it.stats()["preemptions"] == 0 and batch.slot == 0
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_batch_work_that_is_preempted_again_and_again_gets_done(replay: bool) -> None:
+    """Online work leaves a slot for too short a time to get anywhere, and nothing is kept of it."""
+    it = scheduler(max_slots=2, replay=replay, prefix_cache=False, batch_patience=60.0)
+    batch = [it.add(request(f"batch-{i}", 3, 9, tier=Tier.BATCH), [0])[0] for i in range(2)]
+    online: list[Sequence] = []
+    now, came = 0.0, 0
+    while any(sequence.finish is None for sequence in batch) and now < 600.0:
+        if now % 8 < 5:  # then three plans without new online work
+            while sum(sequence.finish is None for sequence in online) < 2:
+                online.append(it.add(request(f"online-{came}", 3, 2, arrival=now), [0])[0])
+                came += 1
+        commit(it, it.plan(now))
+        it.check_invariants()
+        now += 1.0
+    assert [sequence.finish for sequence in batch] == [Finish.LENGTH] * 2
+    assert it.stats()["preemptions"] > 2
+    assert len(online) > 20
 
 
 def test_pages_that_run_out_are_taken_from_the_lowest() -> None:

@@ -40,24 +40,28 @@ class FakeEngine(fakes.FakeEngine):
         self._seen: dict[tuple[bytes, bytes], bool] = {}
         self._cached: dict[str, int] = {}
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, *requests: tuple[Request, Sink]) -> None:
         with self._changed:
             if self.busy or len(self._waiting) >= self._max_queued:
                 self.busy = max(0, self.busy - 1)
-                self.rejected += 1
+                self.rejected += len(requests)
                 raise EngineBusy(self._retry_after)
-            super().submit(request, sink)
-            self.requests.append(request)
-            last = int(request.prompt_token_ids[-1])
-            for index in range(request.params.n, request.params.sequences):
-                self._waiting.append(fakes._Sequence(request, sink, index, last))
-            if request.params.sequences > request.params.n:
-                for sequence in self._waiting:
-                    if sequence.request is request:
-                        for _ in range(sequence.index):
-                            sequence.last = successor(sequence.last)
-            seen = self._seen.setdefault((request.salt, request.prompt_token_ids.tobytes()), False)
-            self._cached[request.request_id] = len(request.prompt_token_ids) - 1 if seen else 0
+            for request, sink in requests:
+                self._take(request, sink)
+
+    def _take(self, request: Request, sink: Sink) -> None:
+        super().submit((request, sink))
+        self.requests.append(request)
+        last = int(request.prompt_token_ids[-1])
+        for index in range(request.params.n, request.params.sequences):
+            self._waiting.append(fakes._Sequence(request, sink, index, last))
+        if request.params.sequences > request.params.n:
+            for sequence in self._waiting:
+                if sequence.request is request:
+                    for _ in range(sequence.index):
+                        sequence.last = successor(sequence.last)
+        seen = self._seen.setdefault((request.salt, request.prompt_token_ids.tobytes()), False)
+        self._cached[request.request_id] = len(request.prompt_token_ids) - 1 if seen else 0
 
     def step(self) -> bool:
         with self._changed:

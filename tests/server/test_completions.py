@@ -229,9 +229,9 @@ def test_seed_logit_bias_and_penalties_reach_the_engine(serve: Serve) -> None:
     seen = []
     submit = served.engine.submit
 
-    def watched(request: Request, sink: Sink) -> None:
-        seen.append(request)
-        submit(request, sink)
+    def watched(*requests: tuple[Request, Sink]) -> None:
+        seen.extend(request for request, _ in requests)
+        submit(*requests)
 
     served.engine.submit = watched  # type: ignore[method-assign]
     fields = {"seed": 7, "temperature": 0.5, "top_p": 0.9, "presence_penalty": 1, "frequency_penalty": -0.5}

@@ -155,13 +155,17 @@ def test_a_full_queue_is_429(serve: Serve, endpoint: str, stream: bool) -> None:
 
 
 def test_a_request_of_several_prompts_is_all_or_nothing(serve: Serve) -> None:
-    engine = FakeEngine(slots=1, max_queued=3, delay=0.01)
+    engine = FakeEngine(slots=1, max_queued=1, delay=0.01)
     served = serve(engine)
-    reply = served.completion(prompt=["a", "b", "c", "d", "e", "f"], max_tokens=200)
-    assert reply.status_code == 429
-    taken = [name for _, what, name in engine.events if what == "submit"]
-    assert 3 <= len(taken) < 6
-    until(lambda: {name for _, what, name in engine.events if what == "free"} == set(taken))
+    six = ["a", "b", "c", "d", "e", "f"]  # more than may queue, but nobody waits
+    assert len(served.completion(prompt=six, max_tokens=1).json()["choices"]) == 6
+    body = {"model": MODEL, "prompt": ["a", "a"], "max_tokens": 250}
+    connection = served.connect("/v1/completions", orjson.dumps(body))
+    until(lambda: engine.stats()["waiting"] == 1)
+    taken = len(engine.requests)
+    assert served.completion(prompt=six, max_tokens=200).status_code == 429
+    assert len(engine.requests) == taken
+    connection.close()
     served.as_new()
 
 
