@@ -64,7 +64,7 @@ def convert_model(
     from jaxserve.models import config_from_hf
     from jaxserve.models.decoder import Decoder
     from jaxserve.orbax_weights import leaves_to_save
-    from jaxserve.weights import open_huggingface, weights_digest
+    from jaxserve.weights import model_digest, open_huggingface
 
     if remote.is_url(out):
         raise CheckpointError(f"{out}: OUT must be a local folder; copy it to its place afterwards")
@@ -99,7 +99,10 @@ def convert_model(
             "written_by": f"jaxserve {__version__}",
             "dtypes": sorted({leaf.dtype.name for leaf in leaves}),
             "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
-            "source": {"name": model_name(model), "fingerprint": f"blake2b:{weights_digest(source)}"},
+            "source": {
+                "name": model_name(model),
+                "fingerprint": f"blake2b:{model_digest(source, weights=True)}",
+            },
         },
         overwrite=overwrite,
         wrote=wrote,

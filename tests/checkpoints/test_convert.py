@@ -29,7 +29,7 @@ from jaxserve.cli.convert import convert_model
 from jaxserve.config import EngineOptions
 from jaxserve.models.decoder import Decoder, Layout, Params
 from jaxserve.scheduler.types import SamplingParams, check_request
-from jaxserve.weights import load_params, open_weights, weights_digest
+from jaxserve.weights import load_params, model_digest, open_weights
 from tests import tiny
 from tests.checkpoints import memory
 
@@ -206,7 +206,7 @@ def test_the_folder_says_what_it_is(hf: Path, out: Path) -> None:
         "tree": "",
         "dtypes": ["float32"],
         "parameters": sum(array.size for array in tiny.tensors(tiny.CONFIG).values()),
-        "source": {"name": "tiny", "fingerprint": f"blake2b:{weights_digest(hf)}"},
+        "source": {"name": "tiny", "fingerprint": f"blake2b:{model_digest(hf, weights=True)}"},
     }
 
 
@@ -223,8 +223,10 @@ def test_other_weights_have_another_digest(tmp_path: Path, hf: Path, out: Path) 
     convert_model(str(hf), str(tmp_path / "out"), progress=quiet)
     other = tiny.write_model(tmp_path / "other", seed=1)
     convert_model(str(other), str(tmp_path / "other-out"), progress=quiet)
-    assert len({weights_digest(folder) for folder in (hf, other, out, tmp_path / "other-out")}) == 4
-    assert weights_digest(out) == weights_digest(out)
+    assert (
+        len({model_digest(folder, weights=True) for folder in (hf, other, out, tmp_path / "other-out")}) == 4
+    )
+    assert model_digest(out, weights=True) == model_digest(out, weights=True)
 
 
 # -- whole or not at all -----------------------------------------------------------------------------------
