@@ -174,7 +174,7 @@ def greedy(folder: str, mesh: str) -> list[list[int]]:
         reply: list[int] = []
         params = SamplingParams(temperature=0.0, max_tokens=12)
         request = check_request(f"r{i}", prompt, params, engine.limits, 0.0)
-        engine.submit(request, lambda output, reply=reply: reply.extend(output.token_ids))  # type: ignore[misc]
+        engine.submit((request, lambda output, reply=reply: reply.extend(output.token_ids)))  # type: ignore[misc]
         while engine.step():
             pass
         replies.append(reply)

@@ -107,7 +107,7 @@ def test_experts_equal_a_plain_loop(choice: str, tokens: int, per_token: int) ->
 
 
 def test_groups() -> None:
-    """Pairs in the order of their experts, each expert's in the tokens' order; those of none here are last."""
+    """Pairs in the order of their experts, each expert's in the tokens' order; those of none here last."""
     chosen = np.array([[2, 0], [-1, 2], [0, 9]], np.int32)
     groups = moe.group(jnp.asarray(chosen), 3)
     assert np.asarray(groups.counts).tolist() == [2, 0, 2]
