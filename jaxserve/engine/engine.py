@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import random
 import threading
 import time
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from jaxserve.engine import batch
 from jaxserve.engine.outputs import EngineBusy, Output, Sink
 from jaxserve.engine.programs import Key, Programs, bucket_for
+from jaxserve.engine.rate import Rate
 from jaxserve.engine.state import EngineState
 from jaxserve.engine.streams import Stream
 from jaxserve.models.decoder import Params
@@ -109,7 +109,7 @@ class Engine:
         self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
         self._step_timeout = step_timeout
         self._waits_for: tuple[float, _Flight] | None = None  # since when, while the device has the word
-        self._rate = _Rate()
+        self._rate = Rate()
         self._busy = 0.0  # seconds spent in steps
         self._most_steps = scheduler.multi_step
         self._choose_steps = choose_steps
@@ -405,24 +405,3 @@ class Engine:
             if finish is not None:
                 del self._streams[sequence]
                 self._rate.ended(self._busy)
-
-
-class _Rate:
-    """How fast sequences end while there is work, to tell a client that is refused when to come back."""
-
-    WINDOW = 32  # sequences
-    MOST = 120  # seconds
-
-    def __init__(self) -> None:
-        self._ends: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
-
-    def ended(self, busy: float) -> None:
-        """busy: seconds of work so far."""
-        self._ends.append(busy)
-
-    def seconds_for(self, sequences: int) -> int:
-        """Whole seconds, 1 .. MOST, in which so many end at the present rate; 1 while nothing is known."""
-        if len(self._ends) < 2:
-            return 1
-        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return max(1, min(self.MOST, math.ceil(sequences * each)))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxserve.build import build_engine
-from jaxserve.engine.engine import _Rate
 from jaxserve.engine.outputs import EngineBusy, Output
+from jaxserve.engine.rate import Rate
 from jaxserve.scheduler.types import Finish, SamplingParams, check_request
 from tests.engine.conftest import OPTIONS
 from tests.tiny import VOCAB
@@ -179,11 +179,11 @@ def test_a_queue_shorter_than_the_slots(tiny_folder):
 
 
 def test_retry_after_follows_the_work_and_not_the_clock():
-    rate = _Rate()
+    rate = Rate()
     for busy in (0.0, 0.5, 1.0):  # seconds of work, whatever time passed between
         rate.ended(busy)
     assert rate.seconds_for(10) == 5
-    assert _Rate().seconds_for(10) == 1
+    assert Rate().seconds_for(10) == 1
     assert rate.seconds_for(10**6) == 120
 
 
