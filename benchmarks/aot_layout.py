@@ -3,7 +3,8 @@
 `PROGRAMS` is what `python -m pallas_kernels.aot` checks, decode and prefill of Llama 3.1 8B's shape, and
 `BYTES` what it counts with `--bytes`. Run by itself, this prints for any shape, per layout of the layers
 (scan or unrolled): seconds to lower and to compile, bytes of arguments and temporaries on one device, whether
-the pool is aliased from input to output, and how many instructions write something as large as the pool.
+the pool is aliased from input to output, how many instructions write something as large as the pool, which
+write a weight once more, and what the devices exchange.
 
     .venv-aot-tpu/bin/python benchmarks/aot_layout.py --chip v5e-8 --model 70b --slots 64 --pages 2048
     .venv-aot-cuda/bin/python benchmarks/aot_layout.py --chip h100-8 --model 70b
@@ -19,10 +20,11 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxserve import models
 from jaxserve.build import compiler_options
@@ -31,31 +33,44 @@ from jaxserve.engine.programs import Program, device_bytes
 from jaxserve.engine.state import StateShape
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.models.meshes import check_mesh, choose_mesh
 from jaxserve.weights import abstract_params, layout_for
 from pallas_kernels import aot_compile, hlo, targets, traffic
-from sharding.mesh import AXES
+from sharding import MeshShape, make_mesh, parse_mesh
 
-# Llama 3.1's published shapes: (hidden, MLP, layers, query heads, key/value heads)
-SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
-VOCAB = 128256
 SLOTS, PAGE, POOL_PAGES, CHUNK = 64, 64, 2048, 512
-
-
-def config(model: str, layers: int | None = None) -> dict:
-    hidden, mlp, all_layers, heads, kv_heads = SHAPES[model]
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers or all_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {  # published shapes
+    "8b": {
+        **LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70b": {
+        **LLAMA, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         "torch_dtype": "bfloat16",
-    }
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "torch_dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def config(model: str, layers: int | None = None) -> dict[str, Any]:
+    """layers: fewer than the model's, if given."""
+    whole = MODELS[model]
+    return {**whole, "num_hidden_layers": layers or whole["num_hidden_layers"]}
 
 
 def engine_program(
@@ -69,14 +84,16 @@ def engine_program(
     page_size: int = PAGE,
     context: int,
     layers: int | None = None,
+    shape: MeshShape | None = None,
 ) -> tuple[Program, jax.sharding.Mesh]:
-    """The largest program of a kind, its arguments abstract, tensor-parallel over the devices.
+    """The largest program of a kind, its arguments abstract.
 
-    layers: fewer than the model's, if given.
+    layers: fewer than the model's, if given. shape: of the mesh; by default what the engine chooses.
     """
-    grid = np.array(devices).reshape(1, len(devices), 1)
-    mesh = jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
     decoder = Decoder(models.config_from_hf(config(model, layers)), jnp.bfloat16)
+    shape = choose_mesh(decoder.config, len(devices)) if shape is None else shape
+    check_mesh(decoder.config, shape)
+    mesh = make_mesh(shape, devices, kv_heads=decoder.config.num_kv_heads)
     pages_per_slot = -(-context // page_size)
     programs = register_programs(
         Steps(decoder, mesh, pages_per_slot),
@@ -107,8 +124,8 @@ def checked(
 
     platform = "gpu" if targets.TARGETS[chip].card else "tpu"
     layout = layout_for(platform)
-    hidden, mlp, _, heads, kv_heads = SHAPES["8b"]
-    head = hidden // heads
+    c = models.config_from_hf(config("8b"))
+    hidden, mlp, heads, kv_heads, head = c.hidden_size, c.mlp_size, c.num_heads, c.num_kv_heads, c.head_dim
     local_kv = 2 * kv_heads * head // devices
 
     def weight(*shape: int) -> jax.ShapeDtypeStruct:
@@ -124,7 +141,7 @@ def checked(
         weight(mlp // devices, hidden),
         weight(hidden, mlp // devices),
     ]
-    in_all = [*layer, jax.ShapeDtypeStruct((VOCAB // devices, hidden), jnp.bfloat16)]  # and the head
+    in_all = [*layer, jax.ShapeDtypeStruct((c.vocab_size // devices, hidden), jnp.bfloat16)]  # and the head
     weight_bytes = sum(w.size * 2 * (layers if w in layer and layout != "scan" else 1) for w in in_all)
     ideal, moved = {}, {}
     if kind == "decode":
@@ -165,12 +182,45 @@ BYTES = [
 # -- any shape ---------------------------------------------------------------------------------------------
 
 
+def exchanges(module: hlo.Module, layers: int, elements: int) -> dict[str, Any]:
+    """What devices send each other in a step: sums of the residual stream, of so many elements, and of the
+    rest the largest."""
+    found = [(one, times) for one, times in module.collectives()]
+    stream = [
+        (one, times)
+        for one, times in found
+        if one.opcode == "all-reduce" and [shape.elements for shape in one.results] == [elements]
+    ]
+    others = [(sum(shape.elements for shape in one.results), one) for one, _ in found]
+    others = [(size, one) for size, one in others if one not in [each for each, _ in stream]]
+    size, largest = max(others, key=lambda pair: pair[0], default=(0, None))
+    return {
+        "all_reduces_per_layer": (sum(times for _, times in stream) - 1) / layers,  # but the embedding's
+        "all_reduce_dtypes": sorted({shape.dtype for one, _ in stream for shape in one.results}),
+        "asynchronous": sum(one.starts for one, _ in stream),
+        "largest_other": [largest.opcode, size] if largest is not None else None,
+    }
+
+
+def remade(module: hlo.Module, params: Any) -> list[str]:
+    """Weights, or one layer of stacked ones, that are written to memory once more."""
+    local = [
+        jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        for leaf in jax.tree.leaves(params)
+    ]
+    return aot_compile.remade_weights(module, local)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chip", default="v5e-8")
-    parser.add_argument("--model", default="70b", choices=SHAPES)
+    parser.add_argument("--model", default="70b", choices=MODELS)
+    parser.add_argument("--mesh", help="as of jaxserve serve; chosen for the model if left out")
+    parser.add_argument("--layers", type=int, help="fewer than the model's")
+    parser.add_argument("--hlo", type=Path, help="the compiled program's text is written there")
+    parser.add_argument("--option", action="append", default=[], help="NAME=VALUE, one of XLA's")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--pages", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=64)
@@ -178,8 +228,11 @@ def main() -> None:
     parser.add_argument("--kind", default="decode", choices=("decode", "prefill"))
     parser.add_argument("--layouts", default="scan,unrolled")
     args = parser.parse_args()
+    pairs = (each.split("=", 1) for each in args.option)
+    options = {name: {"true": True, "false": False}.get(value, value) for name, value in pairs}
     name, _, count = args.chip.partition("-")
     chips = targets.devices(name, int(count or 1))
+    c = config(args.model, args.layers)
     for layout in args.layouts.split(","):
         start = time.perf_counter()
         program, mesh = engine_program(
@@ -191,13 +244,18 @@ def main() -> None:
             pages=args.pages,
             page_size=args.page_size,
             context=args.context,
+            layers=args.layers,
+            shape=parse_mesh(args.mesh) if args.mesh else None,
         )
         lowered = lower(program, mesh)
-        lowered_at = time.perf_counter()
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - lowered_at
+        lowered_at, busy = time.perf_counter(), time.process_time()
+        compiled = lowered.compile(compiler_options=options or None)
+        seconds, busy = time.perf_counter() - lowered_at, time.process_time() - busy
         memory = compiled.memory_analysis()
-        module = hlo.Module(compiled.as_text())
+        text = compiled.as_text()
+        if args.hlo:
+            args.hlo.write_text(text)
+        module = hlo.Module(text)
         pool = program.arguments[1].pool
         local = pool.sharding.shard_shape(pool.shape)
         copies = aot_compile.pool_copies(module, local)
@@ -206,15 +264,21 @@ def main() -> None:
             "chip": args.chip,
             "program": f"{args.kind} {program.bucket}",
             "model": args.model,
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+            "layers": c["num_hidden_layers"],
             "layout": layout,
             "lower_s": round(lowered_at - start, 2),
             "compile_s": round(seconds, 2),
+            "compile_processor_s": round(busy, 2),  # which other work on the machine hardly changes
             "argument_bytes": memory.argument_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
             "pool_bytes": device_bytes(pool),
             "pool_aliased": math.prod(local) in [shape.elements for shape in taken_over],
             "kernel_calls": len(module.kernel_calls()),
             "copies_as_large_as_the_pool": len(copies),
+            "remade_weights": remade(module, program.arguments[0]),
+            **exchanges(module, c["num_hidden_layers"], program.bucket * c["hidden_size"]),
+            "options": args.option,
             "jax": jax.__version__,
         }
         print(json.dumps(row), flush=True)

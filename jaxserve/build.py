@@ -27,14 +27,16 @@ from jaxserve import __version__, models
 from jaxserve.config import EngineOptions
 from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.follower import LeadingRunner, follow
 from jaxserve.engine.programs import Programs, device_bytes
-from jaxserve.engine.state import StateShape, abstract_state, new_state, page_bytes
+from jaxserve.engine.runner import Runner
+from jaxserve.engine.state import EngineState, StateShape, abstract_state, new_state, page_bytes
 from jaxserve.engine.step import Steps
 from jaxserve.generation_defaults import unused_sampling_fields
 from jaxserve.memory import memory_limit
 from jaxserve.models.config import ModelConfig, context_limit
-from jaxserve.models.decoder import Decoder, Layout
-from jaxserve.models.moe import check_mesh
+from jaxserve.models.decoder import Decoder, Layout, Params
+from jaxserve.models.meshes import check_mesh, choose_mesh
 from jaxserve.protocols import EngineLike
 from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
@@ -50,7 +52,9 @@ from jaxserve.weights import (
     model_digest,
     open_weights,
 )
-from sharding import make_mesh, parse_mesh
+from sharding import MeshShape, make_mesh, parse_mesh, parts
+from sharding.channel import ChannelError
+from sharding.distributed import Group
 
 Progress = Callable[[str], None]
 EMBEDDED_NAME = "jaxserve-embedded"
@@ -123,24 +127,27 @@ class Plan:
     sampling_defaults: dict[str, float | int]
 
 
-def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -> Plan:
-    """Reads all of the model but its weights, compiles the largest programs, sizes the pool by them.
+def plan_engine(
+    model: str | None, options: EngineOptions, progress: Progress, group: Group | None = None
+) -> Plan:
+    """Reads all of the model but its weights, compiles the largest programs, sizes the pool by them; in a
+    group each process does, and all come to the same.
 
     What is wrong with the folder shows here, before anything is compiled: missing or mis-shaped tensors,
     truncated files. Raises ValueError naming what does not fit: a key, or the flag and the bytes.
     """
-    shape = parse_mesh(options.mesh)
-    if shape.data > 1:
+    asked = None if options.mesh is None else parse_mesh(options.mesh)
+    if asked and asked.data > 1:
         raise ValueError(
             f"--mesh {options.mesh}: only the tensor axis, and expert where there are experts, are available"
             " yet; data must be 1"
         )
     loaded = read_model(model, options)
-    check_mesh(loaded.config, shape)
-    _check_divisible(loaded.config, shape.tensor)
-    mesh = make_mesh(shape)
+    mesh = _mesh(loaded.config, asked, progress)
     device = mesh.devices.flat[0]
-    limit = memory_limit(mesh, options.memory_fraction)
+    limit = (
+        memory_limit(mesh, options.memory_fraction) if group is None else _agree(group, loaded, options, mesh)
+    )
     layout = layout_for(device.platform)
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
     checkpoint = None if options.load_format == "dummy" else open_weights(decoder, loaded.folder)
@@ -157,7 +164,7 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         prefill_rows = dict([max(prefill_rows.items())])
         decode_rows = decode_rows[-1:]
     max_steps = multi_step(options)
-    each = page_bytes(loaded.config, options.page_size, loaded.dtype) // shape.tensor
+    each = page_bytes(loaded.config, options.page_size, loaded.dtype) // parts(mesh, "kv_heads")
     progress(
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
         f" {device.device_kind} x {mesh.size}"
@@ -194,6 +201,8 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
             raise ValueError(_too_small(options, pages, pages_per_slot, each, other, limit))
         pages = fitting
         state, programs = programs_for(pages)
+    if group is not None:
+        group.agree({"the number of pages": pages})
     return Plan(
         loaded=loaded,
         mesh=mesh,
@@ -209,6 +218,27 @@ def plan_engine(model: str | None, options: EngineOptions, progress: Progress) -
         tokenizer=tokenizer,
         sampling_defaults=defaults,
     )
+
+
+def _agree(group: Group, loaded: Loaded, options: EngineOptions, mesh: Mesh) -> int:
+    """The least that any process may use of a device, in bytes. Raises ValueError where a process has no part
+    in the mesh, GroupError where the processes were not started alike."""
+    group.agree(
+        {
+            "jaxserve": __version__,
+            "jax": f"{jax.__version__} with jaxlib {jaxlib.version.__version__}",
+            "config.json": repr(loaded.config),
+            **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(options).items()},
+        }
+    )
+    if mesh.shape["data"] > 1:
+        raise ValueError("--mesh: data must be 1 over several processes; start a group for each replica")
+    if mesh.size < jax.device_count():
+        raise ValueError(
+            f"--mesh has {mesh.size} devices; the {group.place.processes} processes have"
+            f" {jax.device_count()}, and each of them must be used"
+        )
+    return min(group.exchange(memory_limit(mesh, options.memory_fraction, group.processes_here())))
 
 
 def _compile(plan: Plan, progress: Progress) -> None:
@@ -237,14 +267,24 @@ def _too_small(
     )
 
 
-def _check_divisible(config: ModelConfig, tensor: int) -> None:
-    for name, size in (
-        ("num_key_value_heads", config.num_kv_heads),
-        ("intermediate_size", config.mlp_size),
-        ("vocab_size", config.vocab_size),
-    ):
-        if size % tensor:
-            raise ValueError(f"--mesh tensor={tensor} does not divide the model's {name}={size}")
+def _mesh(config: ModelConfig, asked: MeshShape | None, progress: Progress) -> Mesh:
+    """As asked for; or over as many devices as the model's sizes divide by, but one where they are a single
+    CPU's. Raises ValueError for one that does not fit the model or the devices."""
+    devices = jax.devices()
+    shape = asked
+    if shape is None:
+        alone = devices[0].platform == "cpu" and jax.process_count() == 1
+        shape = MeshShape() if alone else choose_mesh(config, len(devices))
+        if shape.devices > 1 or len(devices) > 1:
+            progress(f"--mesh {shape}: chosen for {len(devices)} device(s)")
+    check_mesh(config, shape)
+    mesh = make_mesh(shape, kv_heads=config.num_kv_heads)
+    if (held := shape.replica // parts(mesh, "kv_heads")) > 1:
+        progress(
+            f"each of the model's {config.num_kv_heads} key/value heads is held by {held} devices, its pages"
+            " too: more devices divide the rest, and the pool no further"
+        )
+    return mesh
 
 
 def _describe(model: Decoder) -> str:
@@ -256,16 +296,12 @@ def _describe(model: Decoder) -> str:
 # -- the engine ------------------------------------------------------------------------------------------
 
 
-def build_engine(
-    model: str | None, options: EngineOptions, *, progress: Progress = lambda line: None
-) -> Engine:
-    """An engine that is warm: whatever it will run is compiled.
-
-    Raises ValueError for what cannot be served.
-    """
-    begin = time.perf_counter()
+def _load(
+    model: str | None, options: EngineOptions, progress: Progress, group: Group | None
+) -> tuple[Plan, Params, EngineState]:
+    """What a runner takes: everything compiled, the weights in place, an empty pool."""
     enable_compilation_cache(progress)
-    plan = plan_engine(model, options, progress)
+    plan = plan_engine(model, options, progress, group)
     _compile(plan, progress)
     compiled = time.perf_counter()
     weights = device_bytes(abstract_params(plan.model, plan.mesh, plan.layout))
@@ -276,6 +312,27 @@ def build_engine(
         params = load_params(plan.model, plan.checkpoint, plan.mesh, plan.layout)
     jax.block_until_ready(params)
     progress(f"weights in place after {time.perf_counter() - compiled:.1f} s")
+    state = new_state(abstract_state(plan.loaded.config, plan.shape, plan.loaded.dtype, plan.mesh))
+    return plan, params, state
+
+
+def build_engine(
+    model: str | None,
+    options: EngineOptions,
+    *,
+    progress: Progress = lambda line: None,
+    group: Group | None = None,
+) -> Engine:
+    """An engine that is warm: whatever it will run is compiled. group: this process leads it.
+
+    Raises ValueError for what cannot be served, GroupError and ChannelError where the group is not whole.
+    """
+    begin = time.perf_counter()
+    plan, params, state = _load(model, options, progress, group)
+    if group is None:
+        runner = Runner(plan.programs, params, state)
+    else:
+        runner = LeadingRunner(plan.programs, params, state, group.channel)
     tokenizer, shape, config = plan.tokenizer, plan.shape, plan.loaded.config
     engine = Engine(
         limits=Limits(
@@ -286,9 +343,7 @@ def build_engine(
             sampling_defaults=plan.sampling_defaults,
         ),
         tokenizer=tokenizer,
-        programs=plan.programs,
-        params=params,
-        state=new_state(abstract_state(config, shape, plan.loaded.dtype, plan.mesh)),
+        runner=runner,
         scheduler=Scheduler(
             max_slots=shape.max_slots,
             num_pages=shape.num_pages,
@@ -318,6 +373,9 @@ def build_engine(
             "max_model_len": plan.loaded.max_model_len,
         },
     )
+    if group is not None:
+        group.on_failure(lambda reason: engine.fail(ChannelError(reason)))
+        group.channel.watch_closely()
     speed = warm_up(engine)
     engine.facts["warmup_tokens_per_second"] = speed.slots / speed.step
     engine.facts["chunk_seconds"], engine.facts["step_seconds"] = speed.chunk, speed.step
@@ -328,11 +386,24 @@ def build_engine(
     return engine
 
 
+def run_follower(
+    model: str | None, options: EngineOptions, group: Group, *, progress: Progress = lambda line: None
+) -> None:
+    """What any process but the first does: the same programs, until process 0 closes the group."""
+    plan, params, state = _load(model, options, progress, group)
+    progress("ready to follow process 0")
+    follow(Runner(plan.programs, params, state), group.channel)
+
+
 def build_serving(
-    model: str | None, options: EngineOptions, *, progress: Progress = lambda line: None
+    model: str | None,
+    options: EngineOptions,
+    *,
+    progress: Progress = lambda line: None,
+    group: Group | None = None,
 ) -> EngineLike:
     """What serves: a warm engine, with `--response-cache` behind the answers that it gave before."""
-    engine = build_engine(model, options, progress=progress)
+    engine = build_engine(model, options, progress=progress, group=group)
     if not options.response_cache:
         return engine
     folder = read_model(model, options).folder
@@ -345,7 +416,7 @@ def fingerprint(folder: Path, options: EngineOptions, dtype: str) -> str:
     dummy = options.load_format == "dummy"
     model = (model_digest(folder, weights=not dummy), options.seed if dummy else None, dtype)
     versions = (__version__, jax.__version__, jaxlib.version.__version__)
-    where = (jax.devices()[0].device_kind, options.mesh)
+    where = (jax.devices()[0].device_kind, options.mesh or len(jax.devices()))
     shapes = (options.reproducible, options.chunk_tokens, options.max_slots, options.page_size)
     return repr((model, versions, where, shapes, multi_step(options)))
 

@@ -9,7 +9,10 @@ of jax.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from sharding.distributed import Place
 
 
 def _check_types(options: Any) -> None:
@@ -40,7 +43,8 @@ class EngineOptions:
     kv_pages: pages in the pool; None takes what memory holds, at most what all slots can use.
     memory_fraction: share of the device's (on CPU: the free) memory that weights, pool and programs may take.
     prefill_chunk: prompt tokens computed between two decode steps; None goes by the objective.
-    mesh: devices per axis, e.g. data=1,tensor=4,expert=1.
+    mesh: devices per axis, e.g. data=1,tensor=4,expert=1; None takes all devices that the model's sizes
+        divide by, one on CPU.
     seed: draws the seeds of requests that bring none; with load_format dummy, the weights too.
     load_format: auto reads the checkpoint; dummy draws random weights from config.json alone.
     objective: throughput computes prompts in chunks of 512 tokens; latency in chunks of 128, so that the
@@ -63,7 +67,7 @@ class EngineOptions:
     kv_pages: int | None = None
     memory_fraction: float = 0.9
     prefill_chunk: int | None = None
-    mesh: str = "data=1,tensor=1,expert=1"
+    mesh: str | None = None
     seed: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
     objective: Literal["throughput", "latency"] = "throughput"
@@ -80,7 +84,7 @@ class EngineOptions:
         from sharding.mesh import parse_mesh  # late: `LLM` first checks that this package is ours
 
         _check_types(self)
-        parse_mesh(self.mesh)
+        parse_mesh(self.mesh or "")
         for name, low, high in (
             ("max_slots", 1, 4096),
             ("page_size", 8, 1024),
@@ -137,3 +141,36 @@ class ServerOptions:
         _check_types(self)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port={self.port} must lie in [0, 65535]")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """Several processes that serve one model together, all three flags or none.
+
+    coordinator: HOST:PORT of process 0, as every process reaches it.
+    processes: how many there are, one per host as a rule.
+    process_id: which of them this is; 0 has the scheduler and answers HTTP.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        given = [self.coordinator is not None, self.processes is not None, self.process_id is not None]
+        if any(given) and not all(given):
+            raise ValueError("--coordinator, --processes and --process-id go together")
+        self.place()
+
+    def place(self) -> Place | None:
+        """None where this process is alone."""
+        if self.coordinator is None or self.processes is None or self.process_id is None:
+            return None
+        from sharding.distributed import Place  # late, as above
+
+        try:
+            place = Place(self.coordinator, self.processes, self.process_id)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+        return None if self.processes == 1 else place

@@ -9,14 +9,15 @@ import psutil
 from jax.sharding import Mesh
 
 
-def memory_limit(mesh: Mesh, fraction: float) -> int:
-    """Bytes on each device of the mesh that weights, pages and programs may take together: a fraction of what
-    the device has; on CPU, where devices share the host's memory, of what is free."""
-    device: jax.Device = mesh.devices.flat[0]
+def memory_limit(mesh: Mesh, fraction: float, processes_here: int = 1) -> int:
+    """Bytes on each of this process's devices in the mesh that weights, pages and programs may take together:
+    a fraction of what the device has; on CPU, where devices share the host's memory, of what is free. So do
+    the processes of a group that run on this host."""
+    device: jax.Device = mesh.local_devices[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] * fraction)
-    return int(_host_memory() * fraction) // mesh.size
+    return int(_host_memory() * fraction) // (len(mesh.local_devices) * processes_here)
 
 
 def _host_memory() -> int:

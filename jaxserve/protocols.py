@@ -1,4 +1,4 @@
-"""What the server, the command line and `LLM` need of an engine and of a tokenizer, and no more.
+"""What the server, the command line and `LLM` need of an engine, a tokenizer and a group, and no more.
 
 The engine and the text package satisfy these by their form; the tests' fakes do too, which is why nothing
 on this side imports jax.
@@ -68,3 +68,22 @@ class EngineLike(Protocol):
     def start(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class GroupLike(Protocol):
+    """The processes that serve together, as process 0 sees them.
+
+    failure: why they cannot go on. stop_requested: one of them was asked to stop.
+    """
+
+    @property
+    def failure(self) -> str | None: ...
+
+    @property
+    def stop_requested(self) -> bool: ...
+
+    def abandon(self, reason: str) -> None:
+        """Tells the others that this process ends, and why."""
+
+    def close(self) -> None:
+        """Lets the others go and waits for them."""

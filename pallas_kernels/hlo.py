@@ -21,6 +21,8 @@ from typing import Literal
 # what Pallas kernels are called in the HLO of each platform
 KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu")
 
+COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter"}
+
 # hand on what they were given
 _PASSIVE = {
     "add-dependency",
@@ -233,6 +235,26 @@ class Module:
             for one in computation.instructions:
                 yield computation, one
                 todo += [self.computations[name] for name in _callees(one)]
+
+    def collectives(self) -> list[tuple[Instruction, int]]:
+        """Exchanges between devices and how often each runs; loops without a known count once, and every arm
+        of a conditional."""
+        found: list[tuple[Instruction, int]] = []
+
+        def visit(computation: Computation, times: int) -> None:
+            for one in computation.instructions:
+                if one.opcode in COLLECTIVES:
+                    found.append((one, times))
+                count = 1
+                if one.opcode == "while":
+                    known = one.trip_count
+                    known = self._counted(computation, one) if known is None else known
+                    count = 1 if known is None else known
+                for name in _callees(one):
+                    visit(self.computations[name], times * count)
+
+        visit(self.entry, 1)
+        return found
 
     def kernel_calls(self) -> list[Instruction]:
         """Calls of Pallas kernels."""

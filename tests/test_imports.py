@@ -1,6 +1,6 @@
 """The layers: imports point right only. Read from the source, so that a lazy import counts too.
 
-cli, server, llm -> build -> engine -> {scheduler, models, text};   models -> {pallas_kernels, sharding}
+cli, server, llm, plan -> build -> engine -> {scheduler, models, text};   models -> {pallas_kernels, sharding}
 build -> weights -> {models, checkpoints}
 """
 
@@ -23,9 +23,10 @@ PACKAGES = ("jaxserve", "sharding", "pallas_kernels", "checkpoints")
 RIGHT_OF = {
     "jaxserve": {"jaxserve.llm", "jaxserve.scheduler"},  # the lazy LLM and SamplingParams
     "jaxserve.__main__": {"jaxserve.cli"},
-    "jaxserve.cli": {"jaxserve.llm", "jaxserve.server", "jaxserve.build", "jaxserve.prompts"},
+    "jaxserve.cli": {"jaxserve.llm", "jaxserve.server", "jaxserve.plan", "jaxserve.build", "jaxserve.prompts"},
     "jaxserve.llm": {"jaxserve.build", "jaxserve.prompts"},
     "jaxserve.server": {"jaxserve.build", "jaxserve.prompts"},
+    "jaxserve.plan": {"jaxserve.build"},
     "jaxserve.prompts": {"jaxserve.protocols"},
     "jaxserve.protocols": {"jaxserve.engine"},
     "jaxserve.response_cache": {"jaxserve.protocols"},

@@ -21,10 +21,11 @@ COMMANDS = {
     "generate": "Continue a prompt, streamed to the terminal.",
     "chat": "Talk with a model in the terminal.",
     "convert": "Write a Hugging Face model as an Orbax checkpoint.",
+    "plan": "Say what fits on chips that are not here, and how fast it can be.",
 }
 # named in the contract, built later: refused by name rather than as unknown
-LATER_COMMANDS = ("batch", "score", "embed", "bench", "plan", "tune")
-LATER_FLAGS = (*("drain-seconds", "metrics-port", "coordinator", "processes", "process-id"),)
+LATER_COMMANDS = ("batch", "score", "embed", "bench", "tune")
+LATER_FLAGS = (*("drain-seconds", "metrics-port"),)
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:

@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 
 from jaxserve.engine import batch
 from jaxserve.engine.outputs import EngineBusy, Output, Sink
-from jaxserve.engine.programs import Key, Programs, bucket_for
+from jaxserve.engine.programs import Key, bucket_for
 from jaxserve.engine.rate import Rate
-from jaxserve.engine.state import EngineState
+from jaxserve.engine.runner import Runner
 from jaxserve.engine.streams import Stream
-from jaxserve.models.decoder import Params
 from jaxserve.scheduler.scheduler import Event, Scheduler
 from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
 from jaxserve.text.tokenizer import Tokenizer
@@ -63,7 +62,7 @@ class StepTimes:
 class Engine:
     """Runs requests over a loaded model.
 
-    programs: compiled; see `build.py` for the kinds. params, state: on the device; the state is given away.
+    runner: compiled programs, and what they run on; see `build.py` for the kinds.
     prefill_rows: rows of each prefill bucket.
     max_queued, max_queued_tokens: when so many wait, or tokens of prompts, requests are refused.
     step_timeout: seconds after which a step that has not come back counts as stuck.
@@ -75,9 +74,7 @@ class Engine:
         *,
         limits: Limits,
         tokenizer: Tokenizer | None,
-        programs: Programs,
-        params: Params,
-        state: EngineState,
+        runner: Runner,
         scheduler: Scheduler,
         prefill_rows: dict[int, int],
         seed: int,
@@ -93,11 +90,9 @@ class Engine:
         self.facts = facts  # what stats() repeats: sizes, names, start-up figures
         self.failure: BaseException | None = None
         self.times = StepTimes()
-        self._programs = programs
-        self._params = params
-        self._state = state
+        self._runner = runner
         self._prefill_rows = prefill_rows
-        self._decode_buckets = programs.buckets("decode")
+        self._decode_buckets = runner.programs.buckets("decode")
         self._random = random.Random(seed)
         self._streams: dict[Sequence, Stream] = {}
         self._flight: _Flight | None = None
@@ -187,6 +182,12 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
             self._thread.start()
 
+    def fail(self, error: BaseException) -> None:
+        """Ends the engine from outside, even where its thread is stuck in a step that will not come back."""
+        with self._wake:
+            self.failure = self.failure or error
+            self._wake.notify()
+
     def close(self) -> None:
         """Stops the loop; requests that still run are aborted."""
         with self._wake:
@@ -258,13 +259,15 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    while not (self._inbox or self.scheduler.has_work or self._closing):
+                    while not (self._inbox or self.scheduler.has_work or self._closing or self.failure):
                         self._wake.wait()
+                    if self.failure is not None:
+                        raise self.failure
                     if self._closing:
                         return
                 self.step()
         except BaseException as error:  # the loop is the process's heart: say so to everyone, then end
-            self.failure = error
+            self.failure = error = self.failure or error
             self._end_all(f"the engine failed: {type(error).__name__}: {error}")
             if not isinstance(error, Exception):
                 raise
@@ -314,10 +317,9 @@ class Engine:
                 self._dispatch_prefill(flight)
             if plan.decode is not None:
                 bucket = bucket_for(self._decode_buckets, len(plan.decode.slots))
-                program = self._programs["decode", bucket]
                 packed = batch.pack_decode(plan.decode, bucket=bucket)
                 flight.programs.append(("decode", bucket))
-                self._state, flight.decode = program(self._params, self._state, packed)
+                flight.decode = self._runner.run(("decode", bucket), packed)
         return flight
 
     def _edit(self, row: PrefillRow) -> None:
@@ -325,7 +327,7 @@ class Engine:
         prompt = none if row.prompt is None else row.prompt
         generated = none if row.generated is None else row.generated
         packed = batch.pack_edits(row.slot, row.params, prompt, generated, self.limits.vocab_size)
-        self._state = self._programs["edit_slot", 1](self._state, packed)
+        self._runner.run(("edit_slot", 1), packed)
 
     def _dispatch_prefill(self, flight: _Flight) -> None:
         rows = flight.plan.prefill
@@ -339,9 +341,7 @@ class Engine:
             pages_per_slot=self.scheduler.pages_per_slot,
         )
         flight.programs.append(("prefill", bucket))
-        self._state, flight.prefill, hidden = self._programs["prefill", bucket](
-            self._params, self._state, packed
-        )
+        flight.prefill = self._runner.run(("prefill", bucket), packed)
         if any(row.targets is not None for row in rows):
             targets = np.full(bucket, -1, np.int32)
             start = 0
@@ -349,14 +349,14 @@ class Engine:
                 if row.targets is not None:
                     targets[start : start + len(row.tokens)] = row.targets
                 start += len(row.tokens)
-            flight.prompt_logprobs = self._programs["prompt_logprobs", bucket](self._params, hidden, targets)
+            flight.prompt_logprobs = self._runner.run(("prompt_logprobs", bucket), targets)
 
     def _read(self, flight: _Flight, *arrays: jax.Array | None) -> list[NDArray[np.int32]]:
         """Waits for results, each i32[.., RESULT_WIDTH]; an empty array for None."""
         begin = time.perf_counter()
         none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
         with self._watched(flight):
-            read = [none if array is None else np.asarray(array) for array in arrays]
+            read = [none if array is None else self._runner.read(array) for array in arrays]
         self.times.wait += time.perf_counter() - begin
         return read
 

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxserve.engine.batch import EDITED, LOGPROBS, RESULT_WIDTH, SamplingRows
 from jaxserve.scheduler.types import MAX_LOGPROBS
-from sharding import partition_spec
+from sharding import mesh_axes, partition_spec, parts
 
 BLOCK = 128  # tokens of the vocabulary that a draw looks at together
 
@@ -40,8 +40,12 @@ def sample(
     edits: Edits,
     slots: Int[Array, " B"],
     positions: Int[Array, " B"],
+    mesh: Mesh | None = None,
 ) -> Int[Array, " B"]:
-    """The token that each row, which holds slot `slots[b]`, draws for `positions`."""
+    """The token that each row, which holds slot `slots[b]`, draws for `positions`.
+
+    mesh: that the vocabulary is divided over; None where it is not.
+    """
     with jax.named_scope("sample"):
         edited = (rows.flags & EDITED) != 0
 
@@ -56,7 +60,7 @@ def sample(
         return jax.lax.cond(
             jnp.all(greedy),
             lambda x: best,
-            lambda x: jnp.where(greedy, best, _draw(x, rows, positions)),
+            lambda x: jnp.where(greedy, best, _draw(x, rows, positions, mesh)),
             logits,
         )
 
@@ -101,7 +105,9 @@ def _forbid_stop(
     return logits.at[index, targets].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"]) -> Int[Array, " B"]:
+def _draw(
+    logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array, " B"], mesh: Mesh | None
+) -> Int[Array, " B"]:
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     # Relative to the likeliest: 1 for it, and the order of floats from 0 to 1 is the order of their bits.
@@ -112,7 +118,7 @@ def _draw(logits: Float[Array, "B V"], rows: SamplingRows, positions: Int[Array,
         jnp.any((rows.top_k > 0) & (rows.top_k < vocab)), lambda x: _top_k(x, rows.top_k), lambda x: x, odds
     )
     odds = jax.lax.cond(jnp.any(rows.top_p < 1), lambda x: _top_p(x, rows.top_p), lambda x: x, odds)
-    return _invert(odds, _uniform(rows, positions))
+    return _invert(odds, _uniform(rows, positions), mesh)
 
 
 def _top_k(odds: Float[Array, "B V"], k: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -160,11 +166,33 @@ def _uniform(rows: SamplingRows, positions: Int[Array, " B"]) -> Float[Array, " 
     return (folded[:, 0] >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _invert(odds: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first token at which the cumulative sum of `odds` exceeds u times its total."""
+def _invert(odds: Float[Array, "B V"], u: Float[Array, " B"], mesh: Mesh | None) -> Int[Array, " B"]:
+    """The first token at which the cumulative sum of `odds` exceeds u times its total.
+
+    Over several devices by their sums first, then on each within its own part of the vocabulary: blocks that
+    cross from one to the next would gather them.
+    """
+    if mesh is None or parts(mesh, "vocab") == 1:
+        return _within(odds, u, relative=True)
+    axes = mesh_axes("vocab")
+
+    def own(part: Array, u: Array) -> Array:
+        sums = jax.lax.all_gather(jnp.sum(part, axis=-1), axes, axis=1)
+        shard, left = _locate(sums, u, relative=True)
+        here = jax.lax.axis_index(axes)
+        token = _within(part, left, relative=False) + here * part.shape[1]
+        return jax.lax.psum(jnp.where(shard == here, token, 0), axes)
+
+    everywhere, spec = PartitionSpec(), partition_spec(("slot", "vocab"))
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=(spec, everywhere), out_specs=everywhere, check_vma=False)
+    return mapped(odds, u)
+
+
+def _within(odds: Float[Array, "B V"], target: Float[Array, " B"], *, relative: bool) -> Int[Array, " B"]:
+    """The first token at which the cumulative sum exceeds the target, or the target times the total."""
     count, vocab = odds.shape
     blocks = jnp.pad(odds, ((0, 0), (0, -vocab % BLOCK))).reshape(count, -1, BLOCK)
-    index, left = _locate(jnp.sum(blocks, axis=-1), u, relative=True)
+    index, left = _locate(jnp.sum(blocks, axis=-1), target, relative=relative)
     chosen = jnp.arange(blocks.shape[1], dtype=jnp.int32)[None, :] == index[:, None]
     block = jnp.sum(jnp.where(chosen[:, :, None], blocks, 0.0), axis=1)
     inner, _ = _locate(block, left, relative=False)
@@ -219,21 +247,24 @@ def result_columns(
 
 def _top(logits: Float[Array, "B V"], mesh: Mesh) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """The MAX_LOGPROBS likeliest, best first: on each device among its own, then among those."""
-    shards = mesh.shape["tensor"]
+    shards = parts(mesh, "vocab")
     width = logits.shape[1] // shards
     keep = min(MAX_LOGPROBS, width)
     if shards == 1:
         values, ids = jax.lax.top_k(logits, keep)
     else:
 
-        def own(part: Array) -> tuple[Array, Array]:
+        def best(part: Array) -> tuple[Array, Array]:
+            axes = mesh_axes("vocab")
             values, ids = jax.lax.top_k(part, keep)
-            return values, ids + jax.lax.axis_index("tensor") * width
+            ids = ids + jax.lax.axis_index(axes) * width
+            values, ids = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in (values, ids))
+            values, order = jax.lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
+            return values, jnp.take_along_axis(ids, order, axis=1)
 
-        spec = partition_spec(("slot", "vocab"))
-        values, ids = jax.shard_map(own, mesh=mesh, in_specs=spec, out_specs=(spec, spec))(logits)
-        values, order = jax.lax.top_k(values, min(MAX_LOGPROBS, values.shape[1]))
-        ids = jnp.take_along_axis(ids, order, axis=1)
+        everywhere, spec = PartitionSpec(), partition_spec(("slot", "vocab"))
+        mapped = jax.shard_map(best, mesh=mesh, in_specs=spec, out_specs=everywhere, check_vma=False)
+        values, ids = mapped(logits)
     short = ((0, 0), (0, MAX_LOGPROBS - values.shape[1]))  # a vocabulary smaller than MAX_LOGPROBS
     return jnp.pad(values, short, constant_values=-jnp.inf), jnp.pad(ids, short, constant_values=-1)
 

@@ -84,7 +84,8 @@ class Programs:
         threads: int = 1,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Compiles what is not compiled yet, the slowest kinds first as registered."""
+        """Compiles what is not compiled yet, the slowest kinds first as registered; where one thread will
+        do, in this one, with what is set for it."""
         wanted = [key for key in (self._registered if keys is None else keys) if key not in self._compiled]
 
         def one(key: Key) -> tuple[Key, jax.stages.Compiled, float]:
@@ -92,13 +93,18 @@ class Programs:
             compiled = self._registered[key].compile(self.compiler_options)
             return key, compiled, time.perf_counter() - start
 
+        def keep(key: Key, compiled: jax.stages.Compiled, seconds: float) -> None:
+            self._compiled[key] = compiled
+            done, of = len(self._compiled), len(self._registered)
+            progress(f"compiled program {done} of {of}: {key[0]} {key[1]} in {seconds:.1f} s")
+
+        if threads == 1:
+            for key in wanted:
+                keep(*one(key))
+            return
         with concurrent.futures.ThreadPoolExecutor(max_workers=threads) as pool:
             for future in concurrent.futures.as_completed([pool.submit(one, key) for key in wanted]):
-                key, compiled, seconds = future.result()
-                self._compiled[key] = compiled
-                done = len(self._compiled)
-                of = len(self._registered)
-                progress(f"compiled program {done} of {of}: {key[0]} {key[1]} in {seconds:.1f} s")
+                keep(*future.result())
 
     def __getitem__(self, key: Key) -> jax.stages.Compiled:
         """The executable. Raises KeyError, naming what there is, rather than compile."""

@@ -64,7 +64,8 @@ class Replicas:
             page_size=int(first.facts["page_size"]),
             prefix_aware=prefix_aware,
         )
-        self._online = [0] * len(engines)  # sequences of online requests that each was given
+        self._online = [0] * len(engines)  # sequences that each was given as online work
+        self._as_online: set[str] = set()  # requests that were
         self._held: dict[str, tuple[Request, Sink]] = {}  # by request id: not given to any yet
         self._waiting: dict[Tier, RemovableHeap[str]] = {tier: RemovableHeap() for tier in Tier}
         self._deadlines: RemovableHeap[str] = RemovableHeap()
@@ -199,14 +200,16 @@ class Replicas:
                     break
                 request, sink = self._take(request.request_id)
                 replica = self._placement.place(request, free)
-                self._online[replica] += request.params.sequences * (request.tier is Tier.ONLINE)
+                if tier is Tier.ONLINE:
+                    self._online[replica] += request.params.sequences
+                    self._as_online.add(request.request_id)
                 try:
                     self.engines[replica].submit((request, functools.partial(self._heard, request, sink)))
                 except RuntimeError as refusal:  # it has failed since, and so has this
                     self._hold(request, sink)
                     self._end_held(Finish.ABORT, str(refusal))
                     for _ in range(request.params.sequences):
-                        self._placement.ended(request.request_id)
+                        self._ended(request)
 
     def _promote(self, now: float) -> None:
         """The batch request that came first counts as online once its patience is over; then the next."""
@@ -243,7 +246,9 @@ class Replicas:
         if replica is None:
             return
         self._placement.ended(request.request_id)
-        self._online[replica] -= request.tier is Tier.ONLINE
+        self._online[replica] -= request.request_id in self._as_online
+        if self._placement.replica_of(request.request_id) is None:
+            self._as_online.discard(request.request_id)
         now = self._clock()
         if self._began is not None:
             self._rate.ended(self._busy + now - self._began)

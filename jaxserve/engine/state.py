@@ -93,5 +93,5 @@ def new_state(abstract: EngineState) -> EngineState:
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: np.dtype) -> int:
-    """Bytes of one page over all layers, on all devices together."""
+    """Bytes of one page over all layers, on all devices together if no two hold the same head."""
     return config.num_layers * page_size * 2 * config.kv_size * np.dtype(dtype).itemsize

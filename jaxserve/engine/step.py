@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,7 +34,7 @@ from pallas_kernels import decode_attention, prefill_attention
 from pallas_kernels.chips import chip_of
 from pallas_kernels.decode_attention import implementation_for as decode_implementation
 from pallas_kernels.prefill_attention import implementation_for as prefill_implementation
-from sharding import partition_spec
+from sharding import partition_spec, parts
 
 LOGPROB_CHUNK = 64  # prompt tokens whose whole vocabulary row exists at one time
 
@@ -58,7 +58,10 @@ class Steps:
             )
 
         rows = (batch.tables, batch.starts, batch.counts, batch.offsets)
-        return self.model.hidden_states(params, pool, batch.tokens, batch.positions, self._attend(call, rows))
+        valid = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < jnp.sum(batch.counts)
+        return self.model.hidden_states(
+            params, pool, batch.tokens, batch.positions, self._attend(call, rows), valid
+        )
 
     def decode(
         self,
@@ -80,7 +83,7 @@ class Steps:
             return decode_attention(q, kv, pool, layer, table, lengths, window, scale=self._scale, chip=chip)
 
         rows = (tables, jnp.where(active, positions + 1, 0))
-        return self.model.hidden_states(params, pool, tokens, positions, self._attend(call, rows))
+        return self.model.hidden_states(params, pool, tokens, positions, self._attend(call, rows), active)
 
     def prefill_step(
         self, params: Params, state: EngineState, packed: Int[Array, " n"], *, tokens: int, max_rows: int
@@ -166,6 +169,9 @@ class Steps:
     ) -> tuple[EngineState, Int[Array, "B result"]]:
         """Draws for `positions` where active, or takes the `forced` token where that is not negative; `reset`
         rows get a new `done`."""
+        rows, slots, positions, active, reset, forced = self._everywhere(
+            (rows, slots, positions, active, reset, forced)
+        )
         at = jnp.maximum(slots, 0)
         logits = self.model.logits(params, hidden)
         # an unused row must not switch the optional parts on
@@ -175,7 +181,7 @@ class Steps:
             min_end=jnp.where(active, rows.min_end, 0),
         )
         edits = heads.Edits(state.counts, state.prompt, state.allowed, state.bias_tokens, state.bias)
-        drawn = heads.sample(logits, rows, edits, at, positions)
+        drawn = heads.sample(logits, rows, edits, at, positions, self.mesh)
         drawn = jnp.where(active, jnp.where(forced >= 0, forced, drawn), -1)
         stopped = jnp.any(rows.stop == drawn[:, None], axis=1) | (positions + 1 >= rows.limit)
         edited = active & ((rows.flags & EDITED) != 0)
@@ -191,6 +197,12 @@ class Steps:
             counts=jax.lax.cond(jnp.any(edited), count, lambda counts: counts, state.counts),
         )
         return state, heads.result_columns(logits, drawn, rows, self.mesh)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """Whole on every device: XLA for TPU would divide these few numbers and send them about."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def edit_slot(self, state: EngineState, packed: Int[Array, " n"]) -> EngineState:
         """The state with a slot's logit edits replaced; see `batch.pack_edits`."""
@@ -229,9 +241,10 @@ class Steps:
 
     def kernels(self, page_size: int) -> dict[str, str]:
         """Kernel -> the implementation of it that this model takes on this mesh."""
-        c, parts = self.model.config, self.mesh.shape["tensor"]
-        q = jax.ShapeDtypeStruct((1, c.num_heads // parts, c.head_dim), self.model.dtype)
-        pool = jax.ShapeDtypeStruct((1, 1, page_size, 2 * c.kv_size // parts), self.model.dtype)
+        c, mesh = self.model.config, self.mesh
+        q = jax.ShapeDtypeStruct((1, c.num_heads // parts(mesh, "heads"), c.head_dim), self.model.dtype)
+        width = 2 * c.kv_size // parts(mesh, "kv_heads")
+        pool = jax.ShapeDtypeStruct((1, 1, page_size, width), self.model.dtype)
         chip = chip_of(self.mesh.devices.flat[0])
         return {
             "decode attention": decode_implementation(chip, q, pool),
@@ -243,7 +256,8 @@ class Steps:
         return self.model.config.head_dim**-0.5
 
     def _attend(self, call: Callable[..., Any], rows: tuple[Array, ...]) -> Attend:
-        """`call` on each device's own heads: attention needs nothing from the others."""
+        """`call` on each device's own heads: attention needs nothing from the others. Devices that hold the
+        same key/value head each write it."""
         if self.mesh.size == 1:
             return lambda q, kv, pool, layer, window: call(q, kv, pool, layer, window, *rows)
         q_spec = partition_spec(("token", "heads", "head"))

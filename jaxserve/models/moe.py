@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.layers import precision, project, weight
-from sharding import MeshShape, partition_spec
+from sharding import mesh_axes, partition_spec
 
 UP_AXES = ("expert", "mlp", "embed")
 DOWN_AXES = ("expert", "embed", "mlp")
@@ -80,16 +80,16 @@ class SparseMLP(nnx.Module):
             return run_experts(x, weights, chosen, layer, *stacks, block=block).astype(x.dtype)
 
         def own(x: Array, weights: Array, chosen: Array, layer: Array, *stacks: Array) -> Array:
-            first = jax.lax.axis_index("expert") * stacks[0].shape[1]
+            first = jax.lax.axis_index(mesh_axes("expert")) * stacks[0].shape[1]
             part = run_experts(x, weights, chosen - first, layer, *stacks, block=block)
-            return jax.lax.psum(part, ("expert", "tensor"))
+            return jax.lax.psum(part.astype(x.dtype), mesh_axes("mlp") + mesh_axes("expert"))
 
         everywhere = PartitionSpec()
         specs = [partition_spec(("layer", *axes)) for axes in (UP_AXES, UP_AXES, DOWN_AXES)]
         mapped = jax.shard_map(
             own, mesh=mesh, in_specs=(*[everywhere] * 4, *specs), out_specs=everywhere, check_vma=False
         )
-        return mapped(x, weights, chosen, layer, *stacks).astype(x.dtype)
+        return mapped(x, weights, chosen, layer, *stacks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,26 +99,6 @@ class Groups:
     token: Int[Array, " P"]  # of each pair
     place: Int[Array, "T k"]  # where the pairs of a token stand
     counts: Int[Array, " E"]  # pairs of each expert
-
-
-def check_mesh(config: ModelConfig, shape: MeshShape) -> None:
-    """Raises ValueError naming what of the mesh does not divide the experts, or that there are none."""
-    if not config.num_experts:
-        if shape.expert > 1:
-            raise ValueError(
-                f"--mesh expert={shape.expert}: {config.model_type} is a dense model and has no experts to"
-                f" spread; use tensor={shape.tensor * shape.expert}"
-            )
-        return
-    if config.num_experts % shape.expert:
-        raise ValueError(
-            f"--mesh expert={shape.expert} does not divide the model's num_experts={config.num_experts}"
-        )
-    if config.mlp_size % shape.tensor:
-        raise ValueError(
-            f"--mesh tensor={shape.tensor} does not divide the inner size of an expert, {config.mlp_size}"
-            " (intermediate_size or moe_intermediate_size)"
-        )
 
 
 def group(chosen: Int[Array, "T k"], experts: int) -> Groups:

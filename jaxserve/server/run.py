@@ -17,22 +17,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxserve.config import ServerOptions
-from jaxserve.protocols import EngineLike
+from jaxserve.protocols import EngineLike, GroupLike
 from jaxserve.server.app import create_app
 from jaxserve.server.auth import load_keys
 from jaxserve.server.context import Context
 from jaxserve.server.errors import bad_request, error_response, not_ready
-from jaxserve.server.holder import EngineHolder
+from jaxserve.server.holder import EngineHolder, describe
 
 HEADER_SECONDS = 20.0  # a request line and headers that take longer are given up
 MAX_HEADER_BYTES = 64 * 2**10
 KEEP_ALIVE_SECONDS = 75
+ENDS = "this process ends, and whoever launched the group has to restart it whole"
+WATCH_SECONDS = 0.2  # how often a group is looked at
 DRAIN_SECONDS = 5.0  # open streams get this long to end once the server is told to stop
 
 Say = Callable[[str], None]
@@ -43,8 +46,12 @@ class StartError(Exception):
     """The server cannot start: the message says why, and which flag to change."""
 
 
-def serve(options: ServerOptions, build: Build, say: Say) -> int:
-    """Serves until a signal comes or the engine cannot be built. Returns the exit code."""
+def serve(options: ServerOptions, build: Build, say: Say, group: GroupLike | None = None) -> int:
+    """Serves until a signal comes or the engine cannot be built. Returns the exit code.
+
+    With a group of processes it does not return, but ends this one: with 1 as soon as the engine or another
+    process fails and clients have heard of it.
+    """
     keys = load_keys(options)
     try:
         listener = bind(options.host, options.port)
@@ -58,17 +65,32 @@ def serve(options: ServerOptions, build: Build, say: Say) -> int:
     holder = EngineHolder()
     server = Server(holder, keys, options.service_tier)
     loader = Loader(server, build, say, lambda: announce(say, address, holder, bool(keys)))
+    if group is not None:
+        server.watch = Watch(holder, loader, group, say)
     asyncio.run(server.serve_and_load(listener, loader))
     say("stopped")
+    if group is not None:
+        if not (loader.failed or loader.alive):
+            if holder.engine is not None:
+                holder.engine.close()
+            group.close()
+        else:  # a step that waits for a process that is gone does not come back
+            group.abandon("it was stopped")
+        exit_now(1 if loader.failed else 0)
     if holder.engine is not None:
         holder.engine.close()
     code = 1 if loader.failed else 0
     if loader.alive:
         # a compilation cannot be interrupted, and tearing the interpreter down under it can crash
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
     return code
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without waiting for its threads, nor for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -163,8 +185,35 @@ class Loader:
             self._server.should_exit = True
 
 
+class Watch:
+    """Ends the server of a group's process 0 once the group or the engine has failed, or another process was
+    asked to stop."""
+
+    def __init__(self, holder: EngineHolder, loader: Loader, group: GroupLike, say: Say) -> None:
+        self._holder = holder
+        self._loader = loader
+        self._group = group
+        self._say = say
+
+    async def wait(self) -> None:
+        """Returns when the server is to end."""
+        while not self._group.stop_requested:
+            engine = self._holder.engine
+            if (reason := self._group.failure) is None and engine is not None and not engine.healthy:
+                reason = f"the engine failed: {describe(engine)}"
+                self._group.abandon(reason)
+            if reason is not None:
+                self._loader.failed = True
+                self._say(f"error: {reason}; {ENDS}")
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+        self._say("another process of the group was asked to stop")
+
+
 class Server(uvicorn.Server):
     """uvicorn with a drain of its own, and signals that end in exit code 0."""
+
+    watch: Watch | None = None
 
     def __init__(self, holder: EngineHolder, keys: list[str], service_tier: str = "default") -> None:
         self.holder = holder
@@ -190,7 +239,14 @@ class Server(uvicorn.Server):
         while not self.started and not serving.done():
             await asyncio.sleep(0.01)
         loader.start()
+        watching = asyncio.create_task(self._watch())
         await serving
+        watching.cancel()
+
+    async def _watch(self) -> None:
+        if self.watch is not None:
+            await self.watch.wait()
+            self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """No new requests; open ones may end, and hear why when they may not."""

@@ -255,7 +255,8 @@ class Watched(list[Output]):
 
 def test_a_device_that_does_not_come_back_is_named(engine, ask, monkeypatch):
     """The decode program, then a computation on the device that takes a second."""
-    programs, bucket = engine._programs, engine._programs.buckets("decode")[0]
+    programs = engine._runner.programs
+    bucket = programs.buckets("decode")[0]
     shape = jax.eval_shape(lambda x: x, programs["decode", bucket].out_info[1])
 
     def late(x: np.ndarray) -> np.ndarray:

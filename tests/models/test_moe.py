@@ -29,6 +29,7 @@ from jaxserve.engine.programs import device_bytes
 from jaxserve.models import config_from_hf, moe
 from jaxserve.models.config import ConfigError, ModelConfig
 from jaxserve.models.decoder import Decoder, Layout
+from jaxserve.models.meshes import check_mesh
 from jaxserve.weights import abstract_params, dummy_params, load_params, open_weights
 from sharding import MeshShape, make_mesh, named_sharding, parse_mesh
 
@@ -418,4 +419,4 @@ def test_inert_keys_change_nothing() -> None:
 )  # fmt: skip
 def test_meshes_that_do_not_fit(config: dict[str, Any], shape: MeshShape, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        moe.check_mesh(config_from_hf(config), shape)
+        check_mesh(config_from_hf(config), shape)

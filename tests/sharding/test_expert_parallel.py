@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-from numpy.typing import NDArray
 
 from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.engine.programs import device_bytes
 from jaxserve.llm import LLM
-from jaxserve.models.decoder import Decoder, Layout, Params
+from jaxserve.models.decoder import Layout
 from jaxserve.scheduler.types import SamplingParams
-from jaxserve.weights import abstract_params, checkpoint_targets, load_params, open_weights
-from sharding import RULES, make_mesh, parse_mesh
-from tests.models.driving import Driver, chunked, relative_error
-from tests.sharding.test_tensor_parallel import collectives
+from jaxserve.weights import abstract_params
+from sharding import RULES, parse_mesh
+from tests.models.driving import relative_error
+from tests.sharding.running import Run, check_exchanges, run, write_model
 
 SIZES = {
     "hidden_size": 64,
@@ -46,46 +43,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 MESHES = ["expert=2", "expert=4", "tensor=2", "expert=2,tensor=2", "expert=4,tensor=2"]
-PROMPTS = [1, 40, 150, 64]
-STEPS = 8
-
-
-def write_model(config: dict[str, Any], folder: Path) -> Path:
-    """Random weights, wide enough that tokens go to all experts and replies differ."""
-    (folder / "config.json").write_text(json.dumps(config))
-    loaded = build.read_model(str(folder), EngineOptions())
-    rng = np.random.default_rng(0)
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for target in checkpoint_targets(Decoder(loaded.config, jnp.dtype(jnp.float32))):
-        centre, spread = (1.0, 0.2) if "norm" in target.key else (0.0, 1.3 / target.shape[-1] ** 0.5)
-        tensors[target.key] = rng.normal(centre, spread, target.shape).astype(np.float32)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-@dataclasses.dataclass
-class Run:
-    """params: as loaded; prefill: logits of every prompt; tokens, decode: greedy ones and their logits."""
-
-    params: Params
-    prefill: list[NDArray[np.float32]]
-    tokens: NDArray[np.int32]
-    decode: NDArray[np.float32]
-
-
-def run(folder: Path, shape: str, layout: Layout) -> Run:
-    """Chunked, packed prompts, then greedy decode."""
-    loaded = build.read_model(str(folder), EngineOptions())
-    mesh = make_mesh(parse_mesh(shape))
-    model = Decoder(loaded.config, jnp.dtype(loaded.dtype))
-    params = load_params(model, open_weights(model, loaded.folder), mesh, layout)
-    driver = Driver(model, params, mesh, page=16, max_len=160, tokens=128, rows=3, slots=4)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 512, length).astype(np.int32) for length in PROMPTS]
-    cache = driver.cache([length + STEPS for length in PROMPTS], rng)
-    prefill = driver.prefill(cache, prompts, chunked(PROMPTS, 128, 3, rng))
-    tokens, decode = driver.greedy(cache, [logits[-1] for logits in prefill], PROMPTS, STEPS)
-    return Run(params, prefill, tokens, decode)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -133,23 +90,14 @@ def options(mesh: str, **changed: Any) -> EngineOptions:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("shape", ["expert=2", "expert=4,tensor=2"])
 def test_what_the_devices_exchange(tmp_path: Path, name: str, shape: str) -> None:
-    """Sums of the residual stream and small things about the draw: no gather or permutation of anything as
-    large as an expert's weights, and one sum for each layer's experts. The experts' bytes are shared out."""
-    config = CONFIGS[name]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    """No more than a dense model's devices: one sum for each layer's attention, one for its experts. The
+    experts' bytes are shared out, and the pool's."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     plan = build.plan_engine(str(tmp_path), options(shape, load_format="dummy"), lambda line: None)
     mesh = parse_mesh(shape)
     for kind in ("decode", "prefill"):
-        bucket = plan.programs.buckets(kind)[-1]
-        found = collectives(plan.programs[kind, bucket].as_text())
-        stream = [entry for entry in found if entry[1] == bucket * config["hidden_size"]]
-        places = [place for _, _, place in stream]
-        assert {entry[0] for entry in stream} == {"all-reduce"}
-        assert sum("/mlp/" in place for place in places) == 1  # in the scan, so one a layer
-        assert sum("/attention/" in place for place in places) == (mesh.tensor > 1)
-        rows = bucket if kind == "decode" else plan.prefill_rows[bucket]
-        for entry in found:
-            assert entry in stream or entry[1] <= rows * 128 < rows * config["vocab_size"], entry
+        check_exchanges(plan, kind)
+    assert plan.page_bytes == 3 * 16 * 2 * 4 * 16 * 4 // min(mesh.devices, 4)
     experts = abstract_params(plan.model, plan.mesh, plan.layout)["layers"]["mlp"]["experts"]
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(experts))
     assert device_bytes(experts) == whole // mesh.devices

@@ -6,8 +6,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from sharding import RULES, MeshShape, make_mesh, named_sharding, parse_mesh, partition_spec
-from sharding.mesh import AXES
+from sharding import RULES, MeshShape, kv_parts, make_mesh, named_sharding, parse_mesh, partition_spec, parts
+from sharding.mesh import AXES, MESH_AXES
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_parse_errors(text: str, message: str) -> None:
 
 def test_mesh() -> None:
     mesh = make_mesh(parse_mesh("data=2,tensor=3"))
-    assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 2, "tensor": 3, "expert": 1}
+    assert mesh.axis_names == MESH_AXES
+    assert dict(mesh.shape) == {"data": 2, "tensor": 3, "tensor_copy": 1, "expert": 1, "expert_copy": 1}
     assert list(mesh.devices.flat) == jax.devices()[:6]
     some = jax.devices()[4:6]
     assert list(make_mesh(parse_mesh("tensor=2"), some).devices.flat) == some
@@ -60,7 +60,7 @@ def test_mesh() -> None:
 
 def test_one_device_is_a_mesh_of_one() -> None:
     mesh = make_mesh(MeshShape())
-    assert mesh.size == 1 and mesh.axis_names == AXES
+    assert mesh.size == 1 and mesh.axis_names == MESH_AXES
 
 
 def test_too_few_devices() -> None:
@@ -70,12 +70,59 @@ def test_too_few_devices() -> None:
         make_mesh(parse_mesh("tensor=2"), jax.devices()[:1])
 
 
+@pytest.mark.parametrize(
+    ("text", "kv_heads", "sizes", "expected"),
+    [
+        ("tensor=8", 8, (8, 1, 1, 1), 8),
+        ("tensor=8", 2, (2, 4, 1, 1), 2),
+        ("tensor=8", 1, (1, 8, 1, 1), 1),
+        ("tensor=2", 4, (2, 1, 1, 1), 2),
+        ("expert=8", 4, (1, 1, 4, 2), 4),
+        ("tensor=2,expert=4", 4, (2, 1, 2, 2), 4),
+        ("tensor=4,expert=2", 2, (2, 2, 1, 2), 2),
+        ("tensor=2,expert=4", 8, (2, 1, 4, 1), 8),
+        ("tensor=3", 6, (3, 1, 1, 1), 3),
+    ],
+)
+def test_heads_that_are_fewer_than_devices(
+    text: str, kv_heads: int, sizes: tuple[int, ...], expected: int
+) -> None:
+    """Queries stand in the order of the devices, and a device's key/value heads are those of its queries."""
+    shape = parse_mesh(text)
+    mesh = make_mesh(shape, kv_heads=kv_heads)
+    assert tuple(mesh.shape.values())[1:] == sizes
+    assert kv_parts(shape, kv_heads) == parts(mesh, "kv_heads") == expected
+    assert parts(mesh, "heads") == parts(mesh, "vocab") == shape.replica
+    assert (parts(mesh, "mlp"), parts(mesh, "expert")) == (shape.tensor, shape.expert)
+    assert parts(mesh, "embed") == 1
+    queries, group = 24 * kv_heads, 24
+    q = named_sharding(mesh, ("heads",)).devices_indices_map((queries,))
+    kv = named_sharding(mesh, ("kv_heads",)).devices_indices_map((kv_heads,))
+    for device in mesh.devices.flat:
+        first, last, _ = q[device][0].indices(queries)
+        held = range(*kv[device][0].indices(kv_heads))
+        assert {head // group for head in range(first, last)} == set(held)
+
+
+@pytest.mark.parametrize(
+    ("text", "kv_heads"), [("tensor=2", 3), ("tensor=4", 6), ("tensor=3", 2), ("tensor=2,expert=3", 3)]
+)
+def test_heads_that_do_not_go_with_the_devices(text: str, kv_heads: int) -> None:
+    with pytest.raises(ValueError, match=rf"{kv_heads} key/value heads, nor"):
+        kv_parts(parse_mesh(text), kv_heads)
+
+
 def test_rules() -> None:
-    """Every logical axis lies along a mesh axis or none; at most one axis of an array along `tensor`."""
-    assert set(RULES.values()) <= {*AXES, None}
-    assert partition_spec(("heads", "embed")) == PartitionSpec("tensor", None)
-    assert partition_spec(("layer", "page", "token", "kv_heads")) == PartitionSpec(None, None, None, "tensor")
-    assert partition_spec((None, "vocab")) == PartitionSpec(None, "tensor")
+    """Every logical axis lies along mesh axes or none; no axis of the mesh divides an array twice."""
+    assert {name for axes in RULES.values() for name in axes or ()} == set(MESH_AXES) - {"data"}
+    assert set(AXES) < set(MESH_AXES)
+    wide = ("tensor", "tensor_copy", "expert", "expert_copy")
+    assert partition_spec(("heads", "embed")) == PartitionSpec(wide, None)
+    assert partition_spec(("layer", "page", "token", "kv_heads")) == PartitionSpec(
+        None, None, None, ("tensor", "expert")
+    )
+    assert partition_spec(("expert", "mlp")) == PartitionSpec(wide[2:], wide[:2])
+    assert partition_spec((None, "vocab")) == PartitionSpec(None, wide)
     assert partition_spec(()) == PartitionSpec()
     with pytest.raises(KeyError, match="colour"):
         partition_spec(("embed", "colour"))

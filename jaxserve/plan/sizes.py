@@ -1,0 +1,67 @@
+"""Bytes on one device: read from the very tree of weights and state that the engine places on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.engine.programs import device_bytes
+from jaxserve.engine.state import StateShape, abstract_state
+from jaxserve.models.decoder import Decoder
+from jaxserve.plan.roofline import Part
+from jaxserve.weights import abstract_params, layout_for
+from sharding import parts
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """weights: all of them. page: of the pool, all layers. slot: what a slot takes of the rest of the state.
+    part: what a step reads of them."""
+
+    weights: int
+    page: int
+    slot: int
+    part: Part
+
+
+def sizes(model: Decoder, mesh: Mesh, page_size: int) -> Sizes:
+    """On one device of a replica's mesh."""
+    config = model.config
+    params = abstract_params(model, mesh, layout_for(mesh.devices.flat[0].platform))
+    by_kind = {"embed_tokens": 0, "lm_head": 0, "experts": 0, "": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        by_kind[next(kind for kind in by_kind if kind in name)] += device_bytes(leaf)
+    state, more = (
+        abstract_state(config, StateShape(slots, slots, page_size, 1), model.dtype, mesh) for slots in (1, 2)
+    )
+    page = device_bytes(state.pool)
+    heads = config.num_heads // parts(mesh, "heads")
+    return Sizes(
+        weights=device_bytes(params),
+        page=page,
+        slot=device_bytes(more) - device_bytes(state) - page,
+        part=Part(
+            layers=by_kind[""],
+            head=by_kind["embed_tokens"] if config.tie_embeddings else by_kind["lm_head"],
+            experts=by_kind["experts"],
+            kv=page // (config.num_layers * page_size),
+            query=heads * config.head_dim,
+            hidden=config.hidden_size,
+            itemsize=model.dtype.itemsize,
+            dtype=model.dtype.name,
+            windows=config.windows,
+            devices=mesh.size,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+        ),
+    )
+
+
+def parameters(model: Decoder) -> int:
+    """Of the whole model."""
+    layers = model.config.num_layers
+    return sum(math.prod(w.shape) * (layers if w.per_layer else 1) for w in model.weights)

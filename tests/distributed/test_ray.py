@@ -1,0 +1,140 @@
+"""deploy/ray/serve_ray.py on a Ray of its own here: two processes behind Ray Serve, which restarts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.distributed.launcher import free_port
+from tests.distributed.test_group import (
+    ARGUMENTS,
+    BODIES,
+    ERROR_SECONDS,
+    ROOT,
+    Stream,
+    answers,
+    expected,
+    folder,
+    same,
+)
+
+pytest.importorskip("ray.serve", reason="needs the extra: pip install 'jaxserve[ray]'")
+pytestmark = pytest.mark.slow
+__all__ = ["expected", "folder"]  # fixtures
+
+START_SECONDS = 900
+
+
+class Cluster:
+    """The script's process, and below it Ray's."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.http_port = None
+        with open(log, "wb") as output:
+            self.script = subprocess.Popen(
+                [
+                    *(sys.executable, str(ROOT / "deploy" / "ray" / "serve_ray.py"), str(folder)),
+                    *("--address", "local", "--hosts", "2", "--strategy", "STRICT_PACK"),
+                    *("--port", str(self.port), "--", *ARGUMENTS),
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=log.parent,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                    "RAY_USAGE_STATS_ENABLED": "0",
+                },
+            )
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")[-8000:]
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.script.poll() is None, self.printed()
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=START_SECONDS).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(self.printed())
+
+    def workers(self) -> list[psutil.Process]:
+        """The replica's processes, 0 first: it is the one with a port that answers HTTP."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            if any("ray::Host.run" in part for part in process.info["cmdline"] or ()):
+                found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def stop(self) -> None:
+        children = psutil.Process(self.script.pid).children(recursive=True)
+        self.script.terminate()
+        try:
+            self.script.wait(30)
+        except subprocess.TimeoutExpired:
+            self.script.kill()
+            self.script.wait()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(folder, tmp_path_factory.mktemp("ray") / "log")
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_the_same_answers_as_one_process(cluster: Cluster, expected: list[dict[str, object]]) -> None:
+    cluster.wait_until_ready()
+    assert len(cluster.workers()) == 2
+    same(answers(cluster.url), expected)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ray_restarts_a_replica_that_lost_a_process(
+    cluster: Cluster, expected: list[dict[str, object]], victim: int
+) -> None:
+    cluster.wait_until_ready()
+    before = {process.pid for process in cluster.workers()}
+    stream = Stream(cluster.url)
+    stream.wait_for_chunks(5)
+    killed = time.monotonic()
+    cluster.workers()[victim].kill()
+    stream.wait()
+    assert stream.error is not None and stream.ended is not None
+    assert stream.ended - killed < ERROR_SECONDS, (stream.error, stream.ended - killed)
+    deadline = time.monotonic() + START_SECONDS
+    while before & {process.pid for process in cluster.workers()}:
+        assert time.monotonic() < deadline, cluster.printed()
+        time.sleep(0.2)
+    # the next request waits for the new replica, or is told that there is none yet
+    body = {"model": "tiny", **BODIES[0]}
+    while True:
+        reply = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=START_SECONDS)
+        if reply.status_code == 200:
+            break
+        assert reply.status_code in (500, 502, 503) and time.monotonic() < deadline, reply.text
+        time.sleep(0.5)
+    same([reply.json()], expected[:1])
+    assert len(cluster.workers()) == 2 and not before & {process.pid for process in cluster.workers()}
