@@ -375,8 +375,9 @@ def build_engine(
     )
     if group is not None:
         group.on_failure(lambda reason: engine.fail(ChannelError(reason)))
-        group.channel.watch_closely()
     speed = warm_up(engine)
+    if group is not None:
+        group.channel.watch_closely()  # now that the others have loaded too
     engine.facts["warmup_tokens_per_second"] = speed.slots / speed.step
     engine.facts["chunk_seconds"], engine.facts["step_seconds"] = speed.chunk, speed.step
     seconds = time.perf_counter() - begin

@@ -21,7 +21,14 @@ from typing import Literal
 # what Pallas kernels are called in the HLO of each platform
 KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu")
 
-COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter"}
+COLLECTIVES = {
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+}
 
 # hand on what they were given
 _PASSIVE = {

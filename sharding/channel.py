@@ -290,7 +290,7 @@ def _greeting(link: _Link, token: str) -> tuple[int, str]:
         hello = json.loads(payload)
         known = hmac.compare_digest(str(hello["token"]).encode(), token.encode())
         process, name = int(hello["process"]), str(hello["name"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("not a greeting") from error
     if kind is not Kind.HELLO or not known:
         raise ValueError("not of this group")

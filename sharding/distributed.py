@@ -76,6 +76,7 @@ class Group:
         place = self.place
         # on loopback nobody else is to reach it; otherwise jax listens on every address
         bind = place.coordinator if _is_loopback(place.host) else None
+        jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM in our place
         late = threading.Timer(JOIN_SECONDS, self._late)  # jax would abort the process with a stack trace
         late.daemon = True
         late.start()

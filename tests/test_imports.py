@@ -23,7 +23,13 @@ PACKAGES = ("jaxserve", "sharding", "pallas_kernels", "checkpoints")
 RIGHT_OF = {
     "jaxserve": {"jaxserve.llm", "jaxserve.scheduler"},  # the lazy LLM and SamplingParams
     "jaxserve.__main__": {"jaxserve.cli"},
-    "jaxserve.cli": {"jaxserve.llm", "jaxserve.server", "jaxserve.plan", "jaxserve.build", "jaxserve.prompts"},
+    "jaxserve.cli": {
+        "jaxserve.llm",
+        "jaxserve.server",
+        "jaxserve.plan",
+        "jaxserve.build",
+        "jaxserve.prompts",
+    },
     "jaxserve.llm": {"jaxserve.build", "jaxserve.prompts"},
     "jaxserve.server": {"jaxserve.build", "jaxserve.prompts"},
     "jaxserve.plan": {"jaxserve.build"},

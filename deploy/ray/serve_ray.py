@@ -9,8 +9,9 @@ included.
 
 A replica is a Serve actor with a placement group, a bundle on each host. It starts an actor in each bundle,
 and that actor's process becomes `jaxserve serve --process-id i`: Ray sees a dead process as a dead actor.
-Then the replica is unhealthy, Serve kills it with all of its actors, and starts another; requests that come
-meanwhile wait for it.
+Then the replica is unhealthy, Serve kills it with all of its actors, and starts another. For the seconds
+until Serve has noticed, requests are told that the replica died (502, 503); after that they wait for the new
+one.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Replica:
         self._session: aiohttp.ClientSession | None = None
         self._running: list[ray.ObjectRef] = []
         self._url = ""
+        self._warm = False
         self._start()
 
     def _start(self) -> None:
@@ -127,9 +129,12 @@ class Replica:
         return StreamingResponse(_body(reply, streams), status_code=reply.status, headers=kept)
 
     async def _ready(self) -> bool:
+        if self._warm:
+            return True
         try:
             async with (await self._client()).get(f"{self._url}/ready") as reply:
-                return reply.status == 200
+                self._warm = reply.status == 200
+                return self._warm
         except aiohttp.ClientError:
             return False
 

@@ -44,9 +44,11 @@ class Ends:
                 )
             )
             waiting.start()
-            self.strangers = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(2)]
+            self.strangers = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(4)]
             self.strangers[0].sendall(b"GET / HTTP/1.1\r\n\r\n")
             self.strangers[1].sendall(module._HEADER.pack(Kind.HELLO, 2**31))
+            self.strangers[2].sendall(module._HEADER.pack(Kind.HELLO, 4000) + b"[" * 4000)
+            self.strangers[3].sendall(module._HEADER.pack(Kind.HELLO, 2) + b"{}")
             self.followers = [self._join(process) for process in range(1, processes)]
             waiting.join()
         self.leader = made[0]

@@ -62,7 +62,7 @@ def answers(url: str) -> list[dict[str, Any]]:
 
 
 def ask(url: str, **body: Any) -> dict[str, Any]:
-    reply = httpx.post(f"{url}/v1/completions", json={"model": NAME, **body}, timeout=120)
+    reply = httpx.post(f"{url}/v1/completions", json={"model": NAME, **body}, timeout=600)
     assert reply.status_code == 200, reply.text
     return reply.json()
 
@@ -112,7 +112,7 @@ class Stream:
     def _read(self) -> None:
         body = {"model": NAME, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
         try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=120) as reply:
+            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=600) as reply:
                 for line in reply.iter_lines():
                     if not line.startswith("data: {"):
                         continue
@@ -124,14 +124,16 @@ class Stream:
             self.error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
 
-    def wait_for_chunks(self, count: int) -> None:
-        while self.chunks < count:
-            assert self.ended is None, self.error
-            time.sleep(0.005)
-
     def wait(self) -> None:
         self._thread.join(120)
         assert not self._thread.is_alive(), "the client hangs"
+
+
+def wait_for_chunks(streams: list[Stream], count: int) -> None:
+    """Until one of them has so many."""
+    while max(stream.chunks for stream in streams) < count:
+        assert all(stream.ended is None for stream in streams), [stream.error for stream in streams]
+        time.sleep(0.005)
 
 
 def test_the_same_answers_as_one_process(group: Launcher, expected: list[dict[str, Any]]) -> None:
@@ -147,8 +149,7 @@ def test_a_killed_process_ends_the_replica_and_the_next_one_serves(
     group.wait_until_ready()
     number = len(group.rounds) - 1
     streams = [Stream(group.url) for _ in range(3)]  # two run, one waits for a slot
-    for stream in streams[:1]:
-        stream.wait_for_chunks(5)
+    wait_for_chunks(streams, 5)
     processes = group.rounds[number].processes
     killed = time.monotonic()
     processes[-1 if victim == "last" else 0].kill()
@@ -172,7 +173,7 @@ def test_a_process_that_hangs_is_as_good_as_dead(
     with launched(tmp_path, [str(folder), *ARGUMENTS], processes=2) as group:
         group.wait_until_ready()
         stream = Stream(group.url)
-        stream.wait_for_chunks(5)
+        wait_for_chunks([stream], 5)
         hung = time.monotonic()
         group.rounds[0].processes[1].send_signal(signal.SIGSTOP)
         stream.wait()

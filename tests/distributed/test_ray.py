@@ -25,6 +25,7 @@ from tests.distributed.test_group import (
     expected,
     folder,
     same,
+    wait_for_chunks,
 )
 
 pytest.importorskip("ray.serve", reason="needs the extra: pip install 'jaxserve[ray]'")
@@ -41,7 +42,6 @@ class Cluster:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self.http_port = None
         with open(log, "wb") as output:
             self.script = subprocess.Popen(
                 [
@@ -76,12 +76,12 @@ class Cluster:
         raise AssertionError(self.printed())
 
     def workers(self) -> list[psutil.Process]:
-        """The replica's processes, 0 first: it is the one with a port that answers HTTP."""
+        """The replica's processes, 0 first: it listens for the others and for HTTP as well."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             if any("ray::Host.run" in part for part in process.info["cmdline"] or ()):
                 found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
+        return sorted(found, key=_listening, reverse=True)
 
     def stop(self) -> None:
         children = psutil.Process(self.script.pid).children(recursive=True)
@@ -94,6 +94,10 @@ class Cluster:
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+
+
+def _listening(process: psutil.Process) -> int:
+    return sum(one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def test_ray_restarts_a_replica_that_lost_a_process(
     cluster.wait_until_ready()
     before = {process.pid for process in cluster.workers()}
     stream = Stream(cluster.url)
-    stream.wait_for_chunks(5)
+    wait_for_chunks([stream], 5)
     killed = time.monotonic()
     cluster.workers()[victim].kill()
     stream.wait()
