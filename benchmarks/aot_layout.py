@@ -19,6 +19,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +71,11 @@ def engine_program(
     page_size: int = PAGE,
     context: int,
     layers: int | None = None,
+    most_steps: int = 1,
 ) -> tuple[Program, jax.sharding.Mesh]:
     """The largest program of a kind, its arguments abstract, tensor-parallel over the devices.
 
-    layers: fewer than the model's, if given.
+    layers: fewer than the model's, if given. most_steps: tokens that one dispatch may draw.
     """
     grid = np.array(devices).reshape(1, len(devices), 1)
     mesh = jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -84,6 +87,7 @@ def engine_program(
         StateShape(slots, pages, page_size, pages_per_slot),
         prefill_buckets(CHUNK, slots),
         decode_buckets(slots),
+        most_steps,
     )
     return programs._registered[kind, programs.buckets(kind)[-1]], mesh
 
@@ -94,16 +98,40 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         return jitted.lower(*program.arguments)
 
 
+def _draws(conditional: hlo.Instruction) -> bool:
+    """Whether it is the one that draws a token: the other outermost ones of sampling change logits."""
+    return conditional.op_name.endswith("/sample/cond") and conditional.results[0].dtype == "s32"
+
+
+# what slots ask for -> which of the decode step's conditionals take their costly arm
+STEPS: dict[str, Callable[[hlo.Instruction], bool]] = {
+    "greedy": lambda conditional: False,
+    "temperature": _draws,
+    "top-k and top-p": lambda one: _draws(one) or "/sample/cond/" in one.op_name,
+    "every option": lambda conditional: True,
+}
+ALL_LAYERS = 32
+MOST_MOVED = 1.15  # times weights and cached keys and values
+
+
 # -- what pallas_kernels.aot checks ------------------------------------------------------------------------
 
 
 def checked(
-    chip: str, devices: int, kind: str, context: int, layers: int = 32, *, reproducible: bool = False
+    chip: str,
+    devices: int,
+    kind: str,
+    context: int,
+    layers: int = ALL_LAYERS,
+    *,
+    reproducible: bool = False,
+    most_steps: int = 1,
 ) -> aot_compile.Program:
     """A program of the 8B's shape. v5e: one of 8 chips, since 16 GB of weights do not fit on one."""
 
     def lower_for(found: list[jax.Device]) -> jax.stages.Lowered:
-        return lower(*engine_program(found, "8b", kind, layout=layout, context=context, layers=layers))
+        shape: dict[str, Any] = {"context": context, "layers": layers, "most_steps": most_steps}
+        return lower(*engine_program(found, "8b", kind, layout=layout, **shape))
 
     platform = "gpu" if targets.TARGETS[chip].card else "tpu"
     layout = layout_for(platform)
@@ -127,14 +155,16 @@ def checked(
     in_all = [*layer, jax.ShapeDtypeStruct((VOCAB // devices, hidden), jnp.bfloat16)]  # and the head
     weight_bytes = sum(w.size * 2 * (layers if w in layer and layout != "scan" else 1) for w in in_all)
     ideal, moved = {}, {}
-    if kind == "decode":
+    if kind == "decode" and most_steps == 1:
         ideal = {context: weight_bytes + layers * SLOTS * context * local_kv * 2}
         lengths = [context] * SLOTS
         count = functools.partial(traffic.decode_bytes, targets.TARGETS[chip].kernels, lengths, 2**30)
         moved = {context: count(page=PAGE, width=local_kv, itemsize=2)}
     what = f"{kind} {SLOTS if kind == 'decode' else CHUNK} x {context}, {layers} layers"
     return aot_compile.Program(
-        name=f"llama-3.1-8b {what}" + (", reproducible" if reproducible else ""),
+        name=f"llama-3.1-8b {what}"
+        + (f", {most_steps} tokens at a time" if most_steps > 1 else "")
+        + (", reproducible" if reproducible else ""),
         chip=chip,
         devices=devices,
         kernel=f"{kind}_attention",
@@ -144,17 +174,26 @@ def checked(
         ideal=ideal,
         traffic=moved,
         options=compiler_options(platform, reproducible=reproducible),
+        costly=STEPS,
+        limit=("temperature", MOST_MOVED) if ideal and layers == ALL_LAYERS else None,
     )
 
 
-# Unrolled, every layer is compiled by itself: a few of them show what there is to see.
+# Unrolled, every layer is compiled by itself: where bytes are not counted a few of them show what there is to
+# see. Several tokens to a dispatch are a loop, whose count nobody knows.
 PROGRAMS = [
-    checked(chip, devices, kind, context, layers)
-    for chip, devices, layers in (("v5e", 8, 32), ("h100", 1, 4))
-    for kind, context in (("decode", 1024), ("decode", 32768), ("prefill", 32768))
+    checked("v5e", 8, "decode", 1024),
+    checked("v5e", 8, "decode", 32768),
+    checked("v5e", 8, "prefill", 32768),
+    checked("v5p", 8, "decode", 1024),
+    checked("v6e", 8, "decode", 1024),
+    checked("v6e", 8, "decode", 1024, most_steps=4),
+    checked("h100", 1, "decode", 1024),
+    checked("h100", 1, "decode", 32768, 4),
+    checked("h100", 1, "prefill", 32768, 4),
+    checked("h100", 1, "decode", 1024, 4, reproducible=True, most_steps=4),
+    checked("h100", 1, "prefill", 1024, 4, reproducible=True),
 ]
-PROGRAMS += [checked(chip, 8, "decode", 1024) for chip in ("v5p", "v6e")]
-PROGRAMS += [checked("h100", 1, kind, 1024, 4, reproducible=True) for kind in ("decode", "prefill")]
 BYTES = [
     checked(chip, devices, "decode", context)
     for chip, devices in (("v5e", 8), ("h100", 1))

@@ -28,8 +28,8 @@ _FOLDER = pathlib.Path(__file__).parent
 MERGED_AT_ONCE = 4
 
 
-def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype) -> str | None:
-    """Why this cannot run, or None."""
+def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype) -> str | None:
+    """Why this cannot run, or None. Any table will do."""
     return gpu.refusal(chip, q, pool, tuple(gpu.tuned(_FOLDER)))
 
 
