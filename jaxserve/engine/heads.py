@@ -112,9 +112,14 @@ def _draw(
     odds = _at_least(odds, rows.min_p)
     none = jnp.zeros(logits.shape[0], jnp.float32)
     limited = jnp.any((rows.top_k > 0) & (rows.top_k < logits.shape[1]))
-    odds = _at_least(odds, jax.lax.cond(limited, lambda x: _top_k(x, rows.top_k), lambda x: none, odds))
-    limited = jnp.any(rows.top_p < 1)
-    odds = _at_least(odds, jax.lax.cond(limited, lambda x: _top_p(x, rows.top_p), lambda x: none, odds))
+    top_k = jax.lax.cond(limited, lambda odds: _top_k(odds, rows.top_k), lambda odds: none, odds)
+    top_p = jax.lax.cond(
+        jnp.any(rows.top_p < 1),
+        lambda odds: _top_p(_at_least(odds, top_k), rows.top_p),
+        lambda odds: none,
+        odds,
+    )
+    odds = _at_least(odds, jnp.maximum(top_k, top_p))
     return _invert(odds, _uniform(rows, positions))
 
 
