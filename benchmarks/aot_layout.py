@@ -111,7 +111,7 @@ STEPS: dict[str, Callable[[hlo.Instruction], bool]] = {
     "every option": lambda conditional: True,
 }
 ALL_LAYERS = 32
-MOST_MOVED = 1.15  # times weights and cached keys and values
+MOST_MOVED, HELD = 1.15, ("v5e", "h100")  # times weights and cached keys and values; on these chips
 
 
 # -- what pallas_kernels.aot checks ------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def checked(
         traffic=moved,
         options=compiler_options(platform, reproducible=reproducible),
         costly=STEPS,
-        limit=("temperature", MOST_MOVED) if ideal and layers == ALL_LAYERS else None,
+        limit=("temperature", MOST_MOVED) if ideal and layers == ALL_LAYERS and chip in HELD else None,
     )
 
 
