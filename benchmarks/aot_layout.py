@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,12 @@ def engine_program(
     context: int,
     layers: int | None = None,
     shape: MeshShape | None = None,
+    most_steps: int = 1,
 ) -> tuple[Program, jax.sharding.Mesh]:
     """The largest program of a kind, its arguments abstract.
 
     layers: fewer than the model's, if given. shape: of the mesh; by default what the engine chooses.
+    most_steps: tokens that one dispatch may draw.
     """
     decoder = Decoder(models.config_from_hf(config(model, layers)), jnp.bfloat16)
     shape = choose_mesh(decoder.config, len(devices)) if shape is None else shape
@@ -101,6 +104,7 @@ def engine_program(
         StateShape(slots, pages, page_size, pages_per_slot),
         prefill_buckets(CHUNK, slots),
         decode_buckets(slots),
+        most_steps,
     )
     return programs._registered[kind, programs.buckets(kind)[-1]], mesh
 
@@ -111,16 +115,40 @@ def lower(program: Program, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         return jitted.lower(*program.arguments)
 
 
+def _draws(conditional: hlo.Instruction) -> bool:
+    """Whether it is the one that draws a token: the other outermost ones of sampling change logits."""
+    return conditional.op_name.endswith("/sample/cond") and conditional.results[0].dtype == "s32"
+
+
+# what slots ask for -> which of the decode step's conditionals take their costly arm
+STEPS: dict[str, Callable[[hlo.Instruction], bool]] = {
+    "greedy": lambda conditional: False,
+    "temperature": _draws,
+    "top-k and top-p": lambda one: _draws(one) or "/sample/cond/" in one.op_name,
+    "every option": lambda conditional: True,
+}
+ALL_LAYERS = 32
+MOST_MOVED, HELD = 1.15, ("v5e", "h100")  # times weights and cached keys and values; on these chips
+
+
 # -- what pallas_kernels.aot checks ------------------------------------------------------------------------
 
 
 def checked(
-    chip: str, devices: int, kind: str, context: int, layers: int = 32, *, reproducible: bool = False
+    chip: str,
+    devices: int,
+    kind: str,
+    context: int,
+    layers: int = ALL_LAYERS,
+    *,
+    reproducible: bool = False,
+    most_steps: int = 1,
 ) -> aot_compile.Program:
     """A program of the 8B's shape. v5e: one of 8 chips, since 16 GB of weights do not fit on one."""
 
     def lower_for(found: list[jax.Device]) -> jax.stages.Lowered:
-        return lower(*engine_program(found, "8b", kind, layout=layout, context=context, layers=layers))
+        shape: dict[str, Any] = {"context": context, "layers": layers, "most_steps": most_steps}
+        return lower(*engine_program(found, "8b", kind, layout=layout, **shape))
 
     platform = "gpu" if targets.TARGETS[chip].card else "tpu"
     layout = layout_for(platform)
@@ -144,14 +172,16 @@ def checked(
     in_all = [*layer, jax.ShapeDtypeStruct((c.vocab_size // devices, hidden), jnp.bfloat16)]  # and the head
     weight_bytes = sum(w.size * 2 * (layers if w in layer and layout != "scan" else 1) for w in in_all)
     ideal, moved = {}, {}
-    if kind == "decode":
+    if kind == "decode" and most_steps == 1:
         ideal = {context: weight_bytes + layers * SLOTS * context * local_kv * 2}
         lengths = [context] * SLOTS
         count = functools.partial(traffic.decode_bytes, targets.TARGETS[chip].kernels, lengths, 2**30)
         moved = {context: count(page=PAGE, width=local_kv, itemsize=2)}
     what = f"{kind} {SLOTS if kind == 'decode' else CHUNK} x {context}, {layers} layers"
     return aot_compile.Program(
-        name=f"llama-3.1-8b {what}" + (", reproducible" if reproducible else ""),
+        name=f"llama-3.1-8b {what}"
+        + (f", {most_steps} tokens at a time" if most_steps > 1 else "")
+        + (", reproducible" if reproducible else ""),
         chip=chip,
         devices=devices,
         kernel=f"{kind}_attention",
@@ -161,17 +191,26 @@ def checked(
         ideal=ideal,
         traffic=moved,
         options=compiler_options(platform, reproducible=reproducible),
+        costly=STEPS,
+        limit=("temperature", MOST_MOVED) if ideal and layers == ALL_LAYERS and chip in HELD else None,
     )
 
 
-# Unrolled, every layer is compiled by itself: a few of them show what there is to see.
+# Unrolled, every layer is compiled by itself: where bytes are not counted a few of them show what there is to
+# see. Several tokens to a dispatch are a loop, whose count nobody knows.
 PROGRAMS = [
-    checked(chip, devices, kind, context, layers)
-    for chip, devices, layers in (("v5e", 8, 32), ("h100", 1, 4))
-    for kind, context in (("decode", 1024), ("decode", 32768), ("prefill", 32768))
+    checked("v5e", 8, "decode", 1024),
+    checked("v5e", 8, "decode", 32768),
+    checked("v5e", 8, "prefill", 32768),
+    checked("v5p", 8, "decode", 1024),
+    checked("v6e", 8, "decode", 1024),
+    checked("v6e", 8, "decode", 1024, most_steps=4),
+    checked("h100", 1, "decode", 1024),
+    checked("h100", 1, "decode", 32768, 4),
+    checked("h100", 1, "prefill", 32768, 4),
+    checked("h100", 1, "decode", 1024, 4, reproducible=True, most_steps=4),
+    checked("h100", 1, "prefill", 1024, 4, reproducible=True),
 ]
-PROGRAMS += [checked(chip, 8, "decode", 1024) for chip in ("v5p", "v6e")]
-PROGRAMS += [checked("h100", 1, kind, 1024, 4, reproducible=True) for kind in ("decode", "prefill")]
 BYTES = [
     checked(chip, devices, "decode", context)
     for chip, devices in (("v5e", 8), ("h100", 1))

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.outputs import Output, Sink
-from jaxserve.engine.replicas import Replicas
+from jaxserve.replicas import Replicas
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import (
     Finish,

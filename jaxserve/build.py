@@ -169,7 +169,7 @@ def plan_engine(
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
         f" {device.device_kind} x {mesh.size}"
     )
-    kernels = steps.kernels(options.page_size)
+    kernels = steps.kernels(options.page_size, options.max_slots, max(prefill_rows.values()))
     progress("; ".join(f"{kernel}: {implementation}" for kernel, implementation in kernels.items()))
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:

@@ -130,16 +130,16 @@ def bytes_lines(rows: list[Row]) -> list[str]:
         if not isinstance(row.detail, dict):
             continue
         for figures in row.detail["bytes"]:
+            kinds = "; ".join(
+                f"{kind} {moved / 1e9:.3f} GB, {figures['ratio'][kind]:.4f} times"
+                for kind, moved in figures["moved"].items()
+            )
             lines.append(
-                f"{row.case} on {row.chip}, context {figures['context']}: each device moves "
-                f"{figures['moved'] / 1e9:.3f} GB, its weights + KV are {figures['ideal'] / 1e9:.3f}: "
-                f"{figures['ratio']:.3f} times (at most {figures['moved_at_most'] / figures['ideal']:.3f}, "
-                "with every optional part of sampling)"
+                f"{row.case} on {row.chip}, context {figures['context']}: each device's weights + KV are"
+                f" {figures['ideal'] / 1e9:.3f} GB; a step moves: {kinds}. The first in parts:"
             )
             for name, times, size in figures["top"]:
                 lines.append(f"    {size / 1e9:9.4f} GB in {times:4} of {name}")
-        for remade in row.detail["remade_weights"]:
-            lines.append(f"{row.case} on {row.chip}: writes a weight once more: {remade}")
     return lines
 
 

@@ -119,7 +119,7 @@ KERNELS = {
     ),
 }
 _SHARED = 10  # which kind of operand of MLIR's `gpu.launch` is its dynamic shared memory
-POOL = 2  # which argument of every kernel is the pool, and donated
+POOL, TABLE = 2, 4  # which argument of every kernel is the pool, and donated, and which the page table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Program:
     name: of what it is. devices: how many it is compiled for. lower: given those. pool, weights: shapes of
     what one device holds. ideal: context -> bytes that a step has to move on one device. traffic: context ->
     bytes of the pool that one call of the kernel moves there. kernel: whose call it ought to hold. options:
-    XLA's, for this program.
+    XLA's, for this program. costly: name of a kind of step -> which of the program's conditionals take their
+    costly arm in it. limit: a kind of step, and how many times `ideal` it may move at most.
     """
 
     name: str
@@ -142,6 +143,10 @@ class Program:
     ideal: dict[int, int] = dataclasses.field(default_factory=dict)
     traffic: dict[int, int] = dataclasses.field(default_factory=dict)
     options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
+    costly: dict[str, Callable[[hlo.Instruction], bool]] = dataclasses.field(
+        default_factory=lambda: {"every option": lambda conditional: True}
+    )
+    limit: tuple[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +198,9 @@ def compile_case(kernel: Kernel, case: Any, row: Row) -> Row:
     arguments, options = case.shapes()
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
     wanted: str | None = TARGETS[row.chip].kernels
-    reason = kernel.makers[str(wanted)].refusal(chip_of(device), arguments[0], arguments[POOL])
+    reason = kernel.makers[str(wanted)].refusal(
+        chip_of(device), arguments[0], arguments[POOL], arguments[TABLE]
+    )
     if reason is not None:
         wanted = None
     call = functools.partial(kernel.function, chip=chip_of(device), implementation=wanted, **options)
@@ -222,17 +229,26 @@ def compile_program(program: Program, row: Row) -> Row:
     memory: Any = compiled.memory_analysis()
     pool_bytes = program.pool.size * program.pool.dtype.itemsize
     faults = [f"copies the pool: {name}" for name in pool_copies(module, program.pool.shape)]
+    faults += [f"copies a layer's pool: {name}" for name in pool_copies(module, program.pool.shape[1:])]
     if not calls:
         faults.append(f"no {program.kernel} kernel is in it")
     if memory.temp_size_in_bytes >= pool_bytes:
         faults.append(f"{memory.temp_size_in_bytes} temporary bytes: room for a second pool")
+    remade = remade_weights(module, program.weights)
+    faults += [f"writes a weight once more: {weight}" for weight in remade]
+    counted = [bytes_of(module, program, context) for context in sorted(program.ideal)]
+    if program.limit is not None:
+        kind, most = program.limit
+        faults += [
+            f"{kind} moves {figures['ratio'][kind]} times weights and KV, more than {most}"
+            for figures in counted
+            if figures["ratio"][kind] > most
+        ]
     figures = {
         "kernel_calls": len(calls),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "remade_weights": remade_weights(module, program.weights),
-        "bytes": [
-            bytes_of(module, program, context) | {"context": context} for context in sorted(program.ideal)
-        ],
+        "remade_weights": remade,
+        "bytes": counted,
     }
     return dataclasses.replace(
         row,
@@ -265,7 +281,7 @@ def remade_weights(module: hlo.Module, weights: Sequence[jax.ShapeDtypeStruct]) 
 
 
 def bytes_of(module: hlo.Module, program: Program, context: int) -> dict[str, Any]:
-    """Bytes that one step moves on one device, and which instructions move the most.
+    """Bytes that one step of each kind moves on one device; of the first kind, what moves the most.
 
     A kernel's call counts its arguments and results but for the pool, and what it takes of that.
     """
@@ -278,19 +294,22 @@ def bytes_of(module: hlo.Module, program: Program, context: int) -> dict[str, An
         rest = sum(shape.bytes for shape in (*operands, *call.results) if shape.elements != size)
         return rest + program.traffic[context]
 
-    most, least = (module.bytes_moved(kernel=kernel, branch=branch) for branch in ("most", "least"))
+    moved = {
+        kind: module.bytes_moved(kernel=kernel, costly=costly) for kind, costly in program.costly.items()
+    }
+    first = next(iter(moved.values()))
     by_name: dict[str, list[int]] = {}
-    for row in least:
+    for row in first:
         name = row.instruction.op_name or row.instruction.opcode
         sums = by_name.setdefault(name.rpartition("jit(")[2], [0, 0])
         sums[0], sums[1] = sums[0] + row.times, sums[1] + row.bytes
     top = sorted(by_name.items(), key=lambda item: -item[1][1])[:12]
     return {
+        "context": context,
         "ideal": program.ideal[context],
-        "moved": hlo.total(least),
-        "moved_at_most": hlo.total(most),
-        "ratio": round(hlo.total(least) / program.ideal[context], 3),
-        "kernels": sum(row.bytes for row in least if row.instruction.target in hlo.KERNEL_TARGETS),
+        "moved": {kind: hlo.total(rows) for kind, rows in moved.items()},
+        "ratio": {kind: round(hlo.total(rows) / program.ideal[context], 4) for kind, rows in moved.items()},
+        "kernels": sum(row.bytes for row in first if row.instruction.target in hlo.KERNEL_TARGETS),
         "top": [[name, times, size] for name, (times, size) in top],
     }
 
@@ -348,10 +367,11 @@ def main() -> None:
     parser.add_argument("--programs", type=Path)
     parser.add_argument("--bytes", action="store_true", help="BYTES of the file, not PROGRAMS")
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--match", default="", help="only rows whose case holds this")
     args = parser.parse_args()
     listed = "BYTES" if args.bytes else "PROGRAMS"
     for i, (row, fill) in enumerate(tasks(args.chip, args.kernel, args.programs, listed)):
-        if i < args.skip:
+        if i < args.skip or args.match not in row.case:
             continue
         print(ROW + json.dumps(dataclasses.asdict(row)), flush=True)
         start = time.perf_counter()

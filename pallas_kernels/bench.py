@@ -239,7 +239,7 @@ def tokamax(work: Workload, given: Inputs, pool: jax.Array) -> tuple[Step, tuple
 def contenders(work: Workload, given: Inputs, platform: str) -> dict[str, Callable[[], Any]]:
     """Name -> what makes its step and first carry. Ours comes first, XLA's second."""
     chip, pick = this_chip(), prefill_implementation if work.tokens else decode_implementation
-    picked = pick(chip, given.q, given.pool)
+    picked = pick(chip, given.q, given.pool, given.table)
     made: dict[str, Callable[[], Any]]
     made = {name: functools.partial(ours, work, given, name) for name in dict.fromkeys((picked, "xla"))}
     pool = written(work, given)

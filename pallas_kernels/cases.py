@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 # of every kernel over the paged cache
 AXES: dict[str, Sequence[Any]] = {
-    "heads": ((1, 1), (2, 1), (1, 8), (2, 4), (4, 2), (2, 3)),  # (key/value heads, queries to each)
+    "heads": ((1, 1), (2, 1), (1, 8), (2, 4), (4, 2), (2, 3), (1, 16)),  # (key/value heads, queries to each)
     "head_size": (64, 80, 96, 128, 256),
     "page": (16, 32, 64, 128, 256),
     "dtype": ("bfloat16", "float32"),

@@ -16,7 +16,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 # what Pallas kernels are called in the HLO of each platform
 KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu_v2", "mosaic_gpu")
@@ -351,17 +350,17 @@ class Module:
         *,
         kernel: Callable[[Instruction], int | None] = lambda call: None,
         trips: Callable[[Instruction], int | None] = lambda loop: None,
-        branch: Literal["most", "least"] = "most",
+        costly: Callable[[Instruction], bool] = lambda conditional: True,
     ) -> list[Row]:
         """Bytes read from and written to device memory, by instruction, those that move none left out.
 
         kernel: bytes that one call of a Pallas kernel moves; None counts its operands and outputs whole.
         trips: how often a loop runs whose count the compiler did not know.
-        branch: which arm of a conditional is taken.
+        costly: whether a conditional takes the arm that moves most, or the one that moves least.
         Raises ValueError for a loop that nobody knows the count of.
         """
         rows: list[Row] = []
-        self._count(self.entry, 1, rows, kernel, trips, branch)
+        self._count(self.entry, 1, rows, kernel, trips, costly)
         return rows
 
     def _count(
@@ -371,11 +370,11 @@ class Module:
         rows: list[Row],
         kernel: Callable[[Instruction], int | None],
         trips: Callable[[Instruction], int | None],
-        branch: Literal["most", "least"],
+        costly: Callable[[Instruction], bool],
     ) -> None:
         def arm(name: str, times: int) -> list[Row]:
             inner: list[Row] = []
-            self._count(self.computations[name], times, inner, kernel, trips, branch)
+            self._count(self.computations[name], times, inner, kernel, trips, costly)
             return inner
 
         for one in computation.instructions:
@@ -389,7 +388,7 @@ class Module:
                     rows += arm(name, times * count)
             elif one.opcode == "conditional":
                 arms = [arm(name, times) for name in _callees(one)]
-                rows += sorted(arms, key=total)[-1 if branch == "most" else 0]
+                rows += sorted(arms, key=total)[-1 if costly(one) else 0]
             elif callees := _callees(one):
                 for name in callees:
                     rows += arm(name, times)

@@ -28,7 +28,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.chips import Chip, ShapeDtype
 
 LANES, SUBLANES = 128, 8  # of one tile of f32
-VMEM_LIMIT = 96 * 2**20  # of 128 MiB on v5e and v6e; what a kernel takes is far less
+VMEM = {"v4": 16 * 2**20, "v5p": 63 * 2**20, "v7x": 63 * 2**20}  # bytes, as the compiler has it
+MOST_VMEM = 128 * 2**20  # of the others
+VMEM_LIMIT = 96 * 2**20  # that a kernel may take where there is so much; what it takes is far less
 TABLE_LIMIT = 960 * 2**10  # bytes of a page table in SMEM, which has 1 MiB
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # a score that is not seen
@@ -40,7 +42,7 @@ def rows_per_tile(dtype: Any) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype) -> str | None:
+def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype) -> str | None:
     """Why neither kernel can run, or None."""
     if chip.platform != "tpu":
         return "it is written for TPUs"
@@ -48,15 +50,9 @@ def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype) -> str | None:
         return f"pages of {pool.dtype}: only bfloat16 and float32 are built"
     if pool.shape[2] % rows_per_tile(pool.dtype):
         return f"pages of {pool.shape[2]} positions are no whole number of {rows_per_tile(pool.dtype)} rows"
+    if (size := 4 * table.shape[0] * table.shape[1]) > TABLE_LIMIT:
+        return f"a page table of {size} bytes is more than scalar memory's {TABLE_LIMIT}: use larger pages"
     return None
-
-
-def check_table(table: Array) -> None:
-    if table.size * 4 > TABLE_LIMIT:
-        raise ValueError(
-            f"{table.shape=} takes {table.size * 4} bytes of scalar memory, more than {TABLE_LIMIT}: "
-            "use larger pages, fewer rows, or implementation='xla'"
-        )
 
 
 @functools.cache

@@ -36,7 +36,9 @@ RIGHT_OF = {
     "jaxserve.prompts": {"jaxserve.protocols"},
     "jaxserve.protocols": {"jaxserve.engine"},
     "jaxserve.response_cache": {"jaxserve.protocols"},
+    "jaxserve.replicas": {"jaxserve.protocols"},
     "jaxserve.build": {
+        "jaxserve.replicas",
         "jaxserve.response_cache",
         "jaxserve.generation_defaults",
         "jaxserve.engine",

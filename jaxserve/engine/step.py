@@ -239,16 +239,20 @@ class Steps:
         rows = jax.lax.map(part, (hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)))
         return rows.reshape(hidden.shape[0], -1)
 
-    def kernels(self, page_size: int) -> dict[str, str]:
+    def kernels(self, page_size: int, slots: int, prefill_rows: int) -> dict[str, str]:
         """Kernel -> the implementation of it that this model takes on this mesh."""
         c, mesh = self.model.config, self.mesh
         q = jax.ShapeDtypeStruct((1, c.num_heads // parts(mesh, "heads"), c.head_dim), self.model.dtype)
         width = 2 * c.kv_size // parts(mesh, "kv_heads")
         pool = jax.ShapeDtypeStruct((1, 1, page_size, width), self.model.dtype)
         chip = chip_of(self.mesh.devices.flat[0])
+
+        def table(rows: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, self.pages_per_slot), jnp.int32)
+
         return {
-            "decode attention": decode_implementation(chip, q, pool),
-            "prefill attention": prefill_implementation(chip, q, pool),
+            "decode attention": decode_implementation(chip, q, pool, table(slots)),
+            "prefill attention": prefill_implementation(chip, q, pool, table(prefill_rows)),
         }
 
     @property

@@ -68,11 +68,12 @@ def compile_for(
     platform = mesh.devices.flat[0].platform
     steps = Steps(model, mesh, chosen.pages_per_slot)
     params = abstract_params(model, mesh, layout_for(platform))
+    prefill_rows = prefill_buckets(engine.chunk_tokens, chosen.slots)
     programs = register_programs(
         steps,
         params,
         StateShape(chosen.slots, chosen.pages, chosen.page_size, chosen.pages_per_slot),
-        prefill_buckets(engine.chunk_tokens, chosen.slots),
+        prefill_rows,
         decode_buckets(chosen.slots),
         multi_step(engine),
     )
@@ -103,7 +104,8 @@ def compile_for(
                 seconds=seconds,
             )
         )
-    return Analysis(tuple(results), programs.needed(), steps.kernels(chosen.page_size))
+    kernels = steps.kernels(chosen.page_size, chosen.slots, max(prefill_rows.values()))
+    return Analysis(tuple(results), programs.needed(), kernels)
 
 
 def _collectives(module: hlo.Module) -> dict[str, int]:

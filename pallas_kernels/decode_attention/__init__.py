@@ -15,11 +15,13 @@ IMPLEMENTATIONS = {
 }
 
 
-def implementation_for(chip: Chip, q: ShapeDtype, pool: ShapeDtype, implementation: str | None = None) -> str:
+def implementation_for(
+    chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype, implementation: str | None = None
+) -> str:
     """What runs on a chip for these shapes and dtypes; `decode_attention` says what the rest means."""
     reasons = {
-        "tpu": tpu.refusal(chip, q, pool),
-        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
+        "tpu": tpu.refusal(chip, q, pool, table),
+        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool, table),
         "xla": None,
     }
     return pick("decode attention", implementation, chip, reasons)
@@ -54,7 +56,7 @@ def decode_attention(
     """
     check(q, kv, pool, table, rows=q.shape[0])
     chip = chip or this_chip()
-    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, implementation)]
+    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, table, implementation)]
     with jax.named_scope("decode_attention"):
         return run(
             q, kv, pool, layer, table, lengths, window, sinks, scale=scale, soft_cap=soft_cap, chip=chip
@@ -63,6 +65,8 @@ def decode_attention(
 
 def check(q: Array, kv: Array, pool: Array, table: Array, *, rows: int) -> None:
     tokens, heads, size = q.shape
+    if not tokens or not rows:
+        raise ValueError(f"{q.shape=} and {table.shape=}: there must be a token and a row")
     if kv.shape != (tokens, pool.shape[-1]):
         raise ValueError(
             f"{kv.shape=} must be ({tokens}, {pool.shape[-1]}): tokens, then 2·K·H as in the pool"

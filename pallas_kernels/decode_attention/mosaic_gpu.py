@@ -28,8 +28,8 @@ _FOLDER = pathlib.Path(__file__).parent
 MERGED_AT_ONCE = 4
 
 
-def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype) -> str | None:
-    """Why this cannot run, or None."""
+def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype) -> str | None:
+    """Why this cannot run, or None. Any table will do."""
     return gpu.refusal(chip, q, pool, tuple(gpu.tuned(_FOLDER)))
 
 
@@ -114,6 +114,7 @@ def _splits(
     kv_heads = width // (2 * size)
     group = heads // kv_heads
     padded = group + -group % 8  # Gp
+    kept = group + (group % 2 if group > 1 else 0)  # of 3 rows of f32 and 256 columns no layout is found
     per_piece = math.gcd(page, BLOCK)
     pieces = BLOCK // per_piece
     parts = gpu.parts(q.dtype)
@@ -266,7 +267,7 @@ def _splits(
                 seen_tile[...] = jax.lax.slice(seen, (0, column), (BLOCK, column + chunk))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
-                    seen_tile.at[pl.ds(0, group)], seen_ref.at[at, :, pl.ds(column, chunk)]
+                    seen_tile.at[pl.ds(0, kept)], seen_ref.at[at, :, pl.ds(column, chunk)]
                 )
                 if column == 0:
                     plgpu.copy_smem_to_gmem(stats_tile, stats_ref.at[at])
@@ -290,7 +291,7 @@ def _splits(
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((places_of, group, _wide(size)), jnp.float32),
+            jax.ShapeDtypeStruct((places_of, kept, _wide(size)), jnp.float32),
             jax.ShapeDtypeStruct((places_of, 2, BLOCK), jnp.float32),
         ),
         scratch_types=scratch,

@@ -90,11 +90,7 @@ def decode_attention(
     chip: Chip | None = None,
     interpret: pltpu.InterpretParams | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P page 2KH"]]:
-    """As `pallas_kernels.decode_attention`. interpret: how to run it where there is no TPU.
-
-    Raises ValueError for a page table that scalar memory cannot hold.
-    """
-    tpu_common.check_table(table)
+    """As `pallas_kernels.decode_attention`. interpret: how to run it where there is no TPU."""
     batch, num_heads, size = q.shape
     heads = Heads(size, pool.shape[3])
     sizes = tpu_common.tuned(Path(__file__).parent, (chip or this_chip()).name)

@@ -16,11 +16,13 @@ IMPLEMENTATIONS = {
 }
 
 
-def implementation_for(chip: Chip, q: ShapeDtype, pool: ShapeDtype, implementation: str | None = None) -> str:
+def implementation_for(
+    chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype, implementation: str | None = None
+) -> str:
     """What runs on a chip for these shapes and dtypes; `prefill_attention` says what the rest means."""
     reasons = {
-        "tpu": tpu.refusal(chip, q, pool),
-        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool),
+        "tpu": tpu.refusal(chip, q, pool, table),
+        "mosaic_gpu": mosaic_gpu.refusal(chip, q, pool, table),
         "xla": None,
     }
     return pick("prefill attention", implementation, chip, reasons)
@@ -58,7 +60,7 @@ def prefill_attention(
     """
     check(q, kv, pool, table, rows=starts.shape[0])
     chip = chip or this_chip()
-    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, implementation)]
+    run = IMPLEMENTATIONS[implementation_for(chip, q, pool, table, implementation)]
     with jax.named_scope("prefill_attention"):
         return run(
             q,

@@ -28,8 +28,8 @@ from pallas_kernels.prefill_attention import reference
 _FOLDER = pathlib.Path(__file__).parent
 
 
-def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype) -> str | None:
-    """Why this cannot run, or None."""
+def refusal(chip: Chip, q: ShapeDtype, pool: ShapeDtype, table: ShapeDtype) -> str | None:
+    """Why this cannot run, or None. Any table will do."""
     return gpu.refusal(chip, q, pool, tuple(gpu.tuned(_FOLDER)))
 
 

@@ -46,7 +46,11 @@ def prefill_attention(
     soft_cap: float | None = None,
     chip: Chip | None = None,  # the same on each
 ) -> tuple[Float[Array, "T N H"], Float[Array, "L P page 2KH"]]:
-    tokens, heads, size = q.shape
+    given, heads, size = q.shape
+    queries = min(QUERY_BLOCK, given)
+    if more := -given % queries:  # tokens of nobody
+        q, kv = jnp.pad(q, ((0, more), (0, 0), (0, 0))), jnp.pad(kv, ((0, more), (0, 0)))
+    tokens = given + more
     page = pool.shape[2]
     kv_heads = pool.shape[3] // (2 * size)
     group = heads // kv_heads
@@ -54,9 +58,6 @@ def prefill_attention(
     pages, positions = _places(table, starts, counts, offsets, tokens, page)
     pool = write_tokens(pool, kv, layer, pages, positions % page)
 
-    queries = min(QUERY_BLOCK, tokens)
-    if tokens % queries:
-        raise ValueError(f"{tokens=} packed tokens must be a multiple of {queries}")
     per_block = pages_per_block(pool, table.shape[1], KEY_BLOCK)
     block = per_block * page  # S
     table = pad_table(table, per_block)
@@ -113,7 +114,7 @@ def prefill_attention(
         )
 
     out = jax.lax.fori_loop(0, starts.shape[0], sequence, jnp.zeros_like(grouped))
-    return out.reshape(tokens, heads, size), pool
+    return out.reshape(tokens, heads, size)[:given], pool
 
 
 def _places(

@@ -76,19 +76,20 @@ def prefill_attention(
     chip: Chip | None = None,
     interpret: pltpu.InterpretParams | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "L P page 2KH"]]:
-    """As `pallas_kernels.prefill_attention`. interpret: how to run it where there is no TPU.
-
-    Raises ValueError for a page table that scalar memory cannot hold.
-    """
-    tpu_common.check_table(table)
+    """As `pallas_kernels.prefill_attention`. interpret: how to run it where there is no TPU."""
     tokens, num_heads, size = q.shape
     heads = Heads(size, pool.shape[3])
     sizes = tpu_common.tuned(Path(__file__).parent, (chip or this_chip()).name)
     group = num_heads // heads.count
     rows = rows_per_tile(pool.dtype)
-    each = -(-tokens // sizes["cores"]) + rows - 1
-    queries = max(rows, min(sizes["query_rows"] // group, sizes["query_tokens"], each) // rows * rows)
     fetch = tpu_common.positions(sizes["fetch_bytes"], pool, table.shape[1])
+    taken = sizes["buffers"] * fetch * pool.shape[3] * pool.dtype.itemsize
+    # of a token: the softmax's sums, and its queries and outputs, twice each to come and go
+    per_token = num_heads * (4 * (2 * LANES + heads.width) + 4 * heads.stride * q.dtype.itemsize)
+    room = tpu_common.VMEM.get((chip or this_chip()).name, tpu_common.MOST_VMEM) * 3 // 4 - taken
+    each = -(-tokens // sizes["cores"]) + rows - 1
+    most = min(sizes["query_rows"] // group, sizes["query_tokens"], each, room // per_token)
+    queries = max(rows, most // rows * rows)
     plan = Plan(
         heads=heads,
         num_heads=num_heads,

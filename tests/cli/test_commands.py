@@ -205,7 +205,7 @@ def test_chat_with_piped_input() -> None:
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat() -> None:
-    with running("chat", "--max-tokens", "200", piped=True, DELAY="0.02") as process:
+    with running("chat", "--max-tokens", "200", piped=True, DELAY="0.1") as process:
         assert process.popen.stdin is not None
         assert process.popen.stdout is not None
         process.popen.stdin.write("a\n")

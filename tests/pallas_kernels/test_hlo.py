@@ -234,7 +234,7 @@ def test_one_branch_is_taken() -> None:
         "  ROOT %c = f32[256]{0} conditional(%p, %a, %a), true_computation=%dear, false_computation=%free"
     )
     assert moved(program(body, before=before)) == 2 * KB
-    assert moved(program(body, before=before), branch="least") == 0
+    assert moved(program(body, before=before), costly=lambda one: False) == 0
     indexed = body.replace(
         "true_computation=%dear, false_computation=%free", "branch_computations={%free, %dear}"
     )

@@ -88,6 +88,16 @@ def test_several_blocks_to_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     check(dataclasses.replace(COMMON, window=40), V5E)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_parts_that_all_queries_see(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With history before the chunk most parts need no mask: but for those at the diagonal, and with a window
+    those that some of the block's queries see and others do not."""
+    sizes = {"cores": 1, "query_rows": 128, "query_tokens": 16, "write_tokens": 32, "buffers": 3,
+             "fetch_bytes": 1, "compute_positions": 16}  # fmt: skip
+    monkeypatch.setattr(tpu_common, "tuned", lambda folder, chip: sizes)
+    check(dataclasses.replace(COMMON, chunks="one", tokens=64, window=window), V5E)
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_only_what_is_seen_is_fetched(window: int | None) -> None:
     """Every table entry that no query sees and no token is written to names a page that does not exist."""
@@ -131,5 +141,5 @@ def test_a_chunk_does_not_depend_on_the_others() -> None:
 )
 def test_refusal(chip: Chip, dtype: Any, page: int, reason: str | None) -> None:
     q, pool = jnp.zeros((16, 4, 128), dtype), jnp.zeros((1, 1, page, 512), dtype)
-    refused = tpu.refusal(chip, q, pool)
+    refused = tpu.refusal(chip, q, pool, jnp.zeros((4, 9), jnp.int32))
     assert refused is None if reason is None else reason in (refused or "")

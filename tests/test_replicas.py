@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jaxserve.engine.outputs import EngineBusy, Output, Sink
-from jaxserve.engine.replicas import AHEAD, BATCH_PATIENCE, Replicas
 from jaxserve.protocols import EngineLike
+from jaxserve.replicas import AHEAD, BATCH_PATIENCE, Replicas
 from jaxserve.scheduler.types import Finish, Limits, Request, SamplingParams, Tier, check_request
 
 LIMITS = Limits(vocab_size=1000, max_model_len=512, pool_tokens=4096, eos_token_ids=())
