@@ -31,7 +31,7 @@ from jaxserve.engine.state import EngineState, mask_words
 from jaxserve.models.decoder import Attend, Decoder, Params, Pool
 from jaxserve.scheduler.types import MAX_LOGIT_BIAS
 from pallas_kernels import decode_attention, prefill_attention
-from pallas_kernels.chips import chip_of
+from pallas_kernels.chips import Chip, chip_of
 from pallas_kernels.decode_attention import implementation_for as decode_implementation
 from pallas_kernels.prefill_attention import implementation_for as prefill_implementation
 from sharding import partition_spec, parts
@@ -49,7 +49,7 @@ class Steps:
 
     def prefill(self, params: Params, pool: Pool, batch: PrefillBatch) -> tuple[Float[Array, "T D"], Pool]:
         """Hidden states of packed chunks, and the pool with their keys and values."""
-        chip = chip_of(self.mesh.devices.flat[0])
+        chip = self._chip
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
             table, starts, counts, offsets = rows
@@ -76,7 +76,7 @@ class Steps:
 
         Inactive rows write nothing.
         """
-        chip = chip_of(self.mesh.devices.flat[0])
+        chip = self._chip
 
         def call(q: Array, kv: Array, pool: Pool, layer: Array, window: Array, *rows: Array) -> tuple:
             table, lengths = rows
@@ -245,7 +245,7 @@ class Steps:
         q = jax.ShapeDtypeStruct((1, c.num_heads // parts(mesh, "heads"), c.head_dim), self.model.dtype)
         width = 2 * c.kv_size // parts(mesh, "kv_heads")
         pool = jax.ShapeDtypeStruct((1, 1, page_size, width), self.model.dtype)
-        chip = chip_of(self.mesh.devices.flat[0])
+        chip = self._chip
 
         def table(rows: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, self.pages_per_slot), jnp.int32)
@@ -254,6 +254,10 @@ class Steps:
             "decode attention": decode_implementation(chip, q, pool, table(slots)),
             "prefill attention": prefill_implementation(chip, q, pool, table(prefill_rows)),
         }
+
+    @property
+    def _chip(self) -> Chip:
+        return chip_of(self.mesh.devices.flat[0])
 
     @property
     def _scale(self) -> float:

@@ -22,20 +22,15 @@ from pallas_kernels.cases import paged_cache
 from pallas_kernels.chips import Chip, this_chip
 from pallas_kernels.decode_attention import mosaic_gpu, reference
 from pallas_kernels.decode_attention.cases import CASES, NO_WINDOW
+from tests.pallas_kernels.comparing import TOLERANCE, wide
 
 H100 = Chip("gpu", "h100")
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 # Splits of two blocks, few thread blocks: a row has several splits, a thread block several of them.
 SMALL = {"h100": {"multiprocessors": 1, "tiles": 2, "split": 128, "most_splits": 3}}
 
 
 def interpreter() -> plgpu.InterpretGPUParams:
     return plgpu.InterpretGPUParams(detect_races=True)
-
-
-def wide(x: Any) -> Any:
-    """The oracle computes in float32."""
-    return x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.bfloat16 else x
 
 
 def check(arguments: tuple[Any, ...], options: dict[str, Any], tolerance: float, **how: Any) -> None:

@@ -279,6 +279,18 @@ def test_whole_writes() -> None:
         "  %u = f32[1,256]{1,0} parameter(1)\n  ROOT %d = f32[100,256] dynamic-update-slice(%p, %u, %i, %i)"
     )
     assert names(pool + update) == []
+    # as many updates as there are rows: a scatter may leave any of them where it was, a whole slice none
+    rows = "  %u = f32[100,256]{1,0} parameter(1)\n"
+    put = (
+        "%put (x: f32[], y: f32[]) -> f32[] {\n  %x = f32[] parameter(0)\n  ROOT %y = f32[] parameter(1)\n}\n"
+    )
+    scatter = rows + (
+        "  %at = s32[100,1]{1,0} parameter(2)\n"
+        "  ROOT %s = f32[100,256]{1,0} scatter(%p, %at, %u), update_window_dims={1}, to_apply=%put"
+    )
+    assert names(pool + scatter, before=put) == []
+    whole = rows + "  ROOT %d = f32[100,256]{1,0} dynamic-update-slice(%p, %u, %i, %i)"
+    assert names(pool + whole) == ["d"]
     assert names(KERNEL) == []
     inside = "%fused (p: f32[100,256]) -> f32[] {\n  %p = f32[100,256]{1,0} parameter(0)\n  %c = f32[100,256]{1,0} copy(%p)\n  ROOT %r = f32[] reduce(%c)\n}\n"  # noqa: E501
     assert names(pool + "  ROOT %f = f32[] fusion(%p), kind=kLoop, calls=%fused", before=inside) == []

@@ -18,17 +18,11 @@ from pallas_kernels.cases import paged_cache
 from pallas_kernels.chips import this_chip
 from pallas_kernels.prefill_attention import mosaic_gpu, reference
 from pallas_kernels.prefill_attention.cases import CASES, NO_WINDOW
-
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+from tests.pallas_kernels.comparing import TOLERANCE, wide
 
 
 def interpreter() -> plgpu.InterpretGPUParams:
     return plgpu.InterpretGPUParams(detect_races=True)
-
-
-def wide(x: Any) -> Any:
-    """The oracle computes in float32."""
-    return x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.bfloat16 else x
 
 
 def check(arguments: tuple[Any, ...], options: dict[str, Any], tolerance: float, **how: Any) -> Any:

@@ -19,10 +19,10 @@ from pallas_kernels import tpu_common
 from pallas_kernels.chips import Chip
 from pallas_kernels.prefill_attention import reference, tpu
 from pallas_kernels.prefill_attention.cases import CASES, Case
+from tests.pallas_kernels.comparing import TOLERANCE, wide
 
 V5E = Chip("tpu", "v5e")
 V5P = Chip("tpu", "v5p")  # two cores
-TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}
 NOWHERE = 10**6  # a page that the pool does not have
 COMMON = Case((2, 4), 128, 32, "bfloat16", None, None, False, 128, "mixed")
 
@@ -38,10 +38,6 @@ def run(arguments: tuple[Any, ...], options: dict[str, Any], chip: Chip = V5E) -
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2 if chip == V5P else 1)
     out, pool = tpu.prefill_attention(*arguments, **options, chip=chip, interpret=interpret)
     return np.asarray(out), np.asarray(pool)
-
-
-def wide(x: Any) -> Any:
-    return x.astype(jnp.float32) if getattr(x, "dtype", None) == jnp.bfloat16 else x
 
 
 def check(case: Case, chip: Chip) -> None:
