@@ -29,9 +29,9 @@ import jax.numpy as jnp
 
 from jaxserve import models
 from jaxserve.build import compiler_options
-from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
+from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_moves, register_programs
 from jaxserve.engine.programs import Program, device_bytes
-from jaxserve.engine.state import StateShape
+from jaxserve.engine.state import EngineState, StateShape
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Decoder, Layout
 from jaxserve.models.meshes import check_mesh, choose_mesh
@@ -39,6 +39,7 @@ from jaxserve.weights import abstract_params, layout_for
 from pallas_kernels import aot_compile, hlo, targets, traffic
 from sharding import MeshShape, make_mesh, parse_mesh
 
+KINDS = ("decode", "prefill", "copy_pages", "place_pages")
 SLOTS, PAGE, POOL_PAGES, CHUNK = 64, 64, 2048, 512
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
@@ -98,14 +99,16 @@ def engine_program(
     check_mesh(decoder.config, shape)
     mesh = make_mesh(shape, devices, kv_heads=decoder.config.num_kv_heads)
     pages_per_slot = -(-context // page_size)
+    steps, state = Steps(decoder, mesh, pages_per_slot), StateShape(slots, pages, page_size, pages_per_slot)
     programs = register_programs(
-        Steps(decoder, mesh, pages_per_slot),
+        steps,
         abstract_params(decoder, mesh, layout),
-        StateShape(slots, pages, page_size, pages_per_slot),
+        state,
         prefill_buckets(CHUNK, slots),
         decode_buckets(slots),
         most_steps,
     )
+    register_moves(programs, steps, state)
     return programs._registered[kind, programs.buckets(kind)[-1]], mesh
 
 
@@ -250,6 +253,14 @@ def remade(module: hlo.Module, params: Any) -> list[str]:
     return aot_compile.remade_weights(module, local)
 
 
+def weights_and_exchanges(module: hlo.Module, program: Program, config: dict[str, Any]) -> dict[str, Any]:
+    elements = program.bucket * config["hidden_size"]
+    return {
+        "remade_weights": remade(module, program.arguments[0]),
+        **exchanges(module, config["num_hidden_layers"], elements),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -264,7 +275,7 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=2048)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--kind", default="decode", choices=("decode", "prefill"))
+    parser.add_argument("--kind", default="decode", choices=KINDS)
     parser.add_argument("--layouts", default="scan,unrolled")
     args = parser.parse_args()
     pairs = (each.split("=", 1) for each in args.option)
@@ -295,7 +306,7 @@ def main() -> None:
         if args.hlo:
             args.hlo.write_text(text)
         module = hlo.Module(text)
-        pool = program.arguments[1].pool
+        (pool,) = (one.pool for one in program.arguments if isinstance(one, EngineState))
         local = pool.sharding.shard_shape(pool.shape)
         copies = aot_compile.pool_copies(module, local)
         taken_over = [module.arguments[argument] for argument in module.aliases.values()]
@@ -315,8 +326,7 @@ def main() -> None:
             "pool_aliased": math.prod(local) in [shape.elements for shape in taken_over],
             "kernel_calls": len(module.kernel_calls()),
             "copies_as_large_as_the_pool": len(copies),
-            "remade_weights": remade(module, program.arguments[0]),
-            **exchanges(module, c["num_hidden_layers"], program.bucket * c["hidden_size"]),
+            **(weights_and_exchanges(module, program, c) if args.kind in ("decode", "prefill") else {}),
             "options": args.option,
             "jax": jax.__version__,
         }

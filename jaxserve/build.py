@@ -9,11 +9,13 @@ memory analysis says what a step needs beside weights and pages, and the pages g
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,16 @@ from jax.sharding import Mesh
 
 from checkpoints import huggingface, remote
 from checkpoints.embedded import MODEL_DIR
-from jaxserve import __version__, models
-from jaxserve.config import EngineOptions
-from jaxserve.engine.buckets import decode_buckets, prefill_buckets, register_programs
+from jaxserve import __version__, models, tuned
+from jaxserve.config import MOST_QUEUED, MOST_QUEUED_TOKENS, EngineOptions
+from jaxserve.disaggregated import MOVES_AHEAD, Disaggregated, PromptReplicas
+from jaxserve.engine.buckets import (
+    PAGES_MOVED,
+    decode_buckets,
+    prefill_buckets,
+    register_moves,
+    register_programs,
+)
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.follower import LeadingRunner, follow
 from jaxserve.engine.programs import Programs, device_bytes
@@ -38,6 +47,7 @@ from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout, Params
 from jaxserve.models.meshes import check_mesh, choose_mesh
 from jaxserve.protocols import EngineLike
+from jaxserve.replicas import Replicas
 from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.types import Limits, SamplingParams
@@ -46,6 +56,7 @@ from jaxserve.warm_up import warm_up
 from jaxserve.weights import (
     Checkpoint,
     abstract_params,
+    copy_params,
     dummy_params,
     layout_for,
     load_params,
@@ -109,6 +120,29 @@ def read_model(model: str | None, options: EngineOptions) -> Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One engine among those of this process.
+
+    devices: that it runs on; None: any that there are. here: engines and processes on this host, which share
+    its memory. prompts_only: it draws nothing. full_only: it has the largest decode program alone, since it is
+    only measured with all slots busy. moves: it gives its pages to others or takes theirs.
+    params: weights that are on devices already; they are copied. held: bytes on each device that are not free
+    because of them, where what may be used follows from what is free.
+    """
+
+    devices: tuple[jax.Device, ...] | None = None
+    here: int = 1
+    prompts_only: bool = False
+    full_only: bool = False
+    moves: bool = False
+    params: Params | None = None
+    held: int = 0
+
+
+ALONE = Part()
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What will run, before any weight is loaded. Bytes are on one device."""
 
@@ -128,7 +162,11 @@ class Plan:
 
 
 def plan_engine(
-    model: str | None, options: EngineOptions, progress: Progress, group: Group | None = None
+    model: str | None,
+    options: EngineOptions,
+    progress: Progress,
+    group: Group | None = None,
+    part: Part = ALONE,
 ) -> Plan:
     """Reads all of the model but its weights, compiles the largest programs, sizes the pool by them; in a
     group each process does, and all come to the same.
@@ -138,16 +176,17 @@ def plan_engine(
     """
     asked = None if options.mesh is None else parse_mesh(options.mesh)
     if asked and asked.data > 1:
-        raise ValueError(
-            f"--mesh {options.mesh}: only the tensor axis, and expert where there are experts, are available"
-            " yet; data must be 1"
-        )
+        raise ValueError(f"--mesh {options.mesh}: one engine is one replica; data must be 1")
     loaded = read_model(model, options)
-    mesh = _mesh(loaded.config, asked, progress)
+    mesh = _mesh(loaded.config, asked, progress, part.devices)
     device = mesh.devices.flat[0]
-    limit = (
-        memory_limit(mesh, options.memory_fraction) if group is None else _agree(group, loaded, options, mesh)
-    )
+    measured_alike = group is None and not part.moves
+    options = with_sizes(options, loaded, mesh, progress, measured_alike=measured_alike)
+    if group is None:
+        limit = memory_limit(mesh, options.memory_fraction, part.here)
+        limit += int(options.memory_fraction * part.held)
+    else:
+        limit = _agree(group, loaded, options, mesh)
     layout = layout_for(device.platform)
     decoder = Decoder(loaded.config, jnp.dtype(loaded.dtype))
     checkpoint = None if options.load_format == "dummy" else open_weights(decoder, loaded.folder)
@@ -156,38 +195,45 @@ def plan_engine(
     if unused := unused_sampling_fields(loaded.folder):
         progress(f"warning: generation_config.json sets {', '.join(unused)}, which jaxserve does not apply")
     params = abstract_params(decoder, mesh, layout)
-    pages_per_slot = -(-loaded.max_model_len // options.page_size)
+    pages_per_slot = -(-loaded.max_model_len // options.page_tokens)
     steps = Steps(decoder, mesh, pages_per_slot)
-    prefill_rows = prefill_buckets(options.chunk_tokens, options.max_slots)
-    decode_rows = decode_buckets(options.max_slots)
+    prefill_rows = prefill_buckets(options.chunk_tokens, options.slots)
+    decode_rows = decode_buckets(options.slots)
     if options.reproducible:  # one program of each kind: a row's bits may depend on the bucket
         prefill_rows = dict([max(prefill_rows.items())])
+    if options.reproducible or part.full_only:
         decode_rows = decode_rows[-1:]
+    if part.prompts_only:
+        decode_rows = []
     max_steps = multi_step(options)
-    each = page_bytes(loaded.config, options.page_size, loaded.dtype) // parts(mesh, "kv_heads")
+    each = page_bytes(loaded.config, options.page_tokens, loaded.dtype) // parts(mesh, "kv_heads")
     progress(
         f"model {loaded.name}: {_describe(decoder)}, context {loaded.max_model_len},"
         f" {device.device_kind} x {mesh.size}"
     )
-    kernels = steps.kernels(options.page_size, options.max_slots, max(prefill_rows.values()))
+    kernels = steps.kernels(options.page_tokens, options.slots, max(prefill_rows.values()))
     progress("; ".join(f"{kernel}: {implementation}" for kernel, implementation in kernels.items()))
+    if part.moves:
+        limit -= (MOVES_AHEAD + 2) * PAGES_MOVED * each  # blocks on their way: see `disaggregated`
 
     def programs_for(pages: int) -> tuple[StateShape, Programs]:
-        state = StateShape(options.max_slots, pages, options.page_size, pages_per_slot)
+        state = StateShape(options.slots, pages, options.page_tokens, pages_per_slot)
         programs = register_programs(steps, params, state, prefill_rows, decode_rows, max_steps)
         programs.compiler_options = compiler_options(device.platform, reproducible=options.reproducible)
+        if part.moves:
+            register_moves(programs, steps, state)
         return state, programs
 
     fixed = device_bytes(params)
     pages = options.kv_pages or max(int((limit - fixed) * 0.9) // each, pages_per_slot)
     if options.kv_pages is None and (device.platform == "cpu" or not options.prefix_cache):
         # enough for every slot at full length; the prefix cache has no claim on the host's own memory
-        pages = min(pages, options.max_slots * pages_per_slot)
+        pages = min(pages, options.slots * pages_per_slot)
     if pages < pages_per_slot:
         raise ValueError(
-            f"--kv-pages={pages} of --page-size={options.page_size} hold {pages * options.page_size} tokens,"
-            f" less than one sequence of --max-model-len={loaded.max_model_len};"
-            " raise the one or lower the other"
+            f"--kv-pages={pages} of --page-size={options.page_tokens} hold"
+            f" {pages * options.page_tokens} tokens, less than one sequence of"
+            f" --max-model-len={loaded.max_model_len}; raise the one or lower the other"
         )
     pages = min(pages, MAX_FLAT_PAGES // loaded.config.num_layers) if options.kv_pages is None else pages
     if pages * each + fixed > limit:  # no need to compile anything to see that
@@ -220,6 +266,56 @@ def plan_engine(
     )
 
 
+def with_sizes(
+    options: EngineOptions, loaded: Loaded, mesh: Mesh, progress: Progress, *, measured_alike: bool
+) -> EngineOptions:
+    """The options with their slots, page and chunk size said: as given, else as `jaxserve tune` saved them
+    for this model and machine, else the defaults.
+
+    Saved ones are not used where bits depend on them (`--reproducible`), nor, unless `measured_alike`, where
+    the engine is not what was measured: in a group of processes, or beside prefill replicas. Nor is the page
+    size where `--kv-pages` counts pages.
+    """
+    open_ = [name for name in tuned.VALUES if getattr(options, name) is None]
+    if options.kv_pages is not None and "page_size" in open_:
+        open_.remove("page_size")
+    values: dict[str, int] = {}
+    if options.tuned and open_ and measured_alike:
+        found = tuned.read(tuned_for(loaded, mesh), options.objective, progress)
+        if found is not None:
+            values = {name: found.values[name] for name in open_}
+            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+            if options.reproducible:
+                progress(f"--reproducible: {flags} of {found.file} are not used; as flags they are")
+                values = {}
+            else:
+                progress(
+                    f"{flags}: from `jaxserve tune` of {found.date}, {found.file}; --no-tuned leaves them out"
+                )
+    return dataclasses.replace(
+        options,
+        max_slots=values.get("max_slots", options.slots),
+        page_size=values.get("page_size", options.page_tokens),
+        prefill_chunk=values.get("prefill_chunk", options.chunk_tokens),
+    )
+
+
+def tuned_for(loaded: Loaded, mesh: Mesh) -> dict[str, Any]:
+    """All that what `jaxserve tune` measures depends on, beside the sizes that it tries."""
+    device = mesh.devices.flat[0]
+    return {
+        "config.json": tuned.digest(huggingface.read_config(loaded.folder)),
+        "dtype": str(loaded.dtype),
+        "max_model_len": loaded.max_model_len,
+        "device": tuned.processor() if device.platform == "cpu" else device.device_kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "jaxserve": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+    }
+
+
 def _agree(group: Group, loaded: Loaded, options: EngineOptions, mesh: Mesh) -> int:
     """The least that any process may use of a device, in bytes. Raises ValueError where a process has no part
     in the mesh, GroupError where the processes were not started alike."""
@@ -231,8 +327,6 @@ def _agree(group: Group, loaded: Loaded, options: EngineOptions, mesh: Mesh) -> 
             **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(options).items()},
         }
     )
-    if mesh.shape["data"] > 1:
-        raise ValueError("--mesh: data must be 1 over several processes; start a group for each replica")
     if mesh.size < jax.device_count():
         raise ValueError(
             f"--mesh has {mesh.size} devices; the {group.place.processes} processes have"
@@ -267,10 +361,12 @@ def _too_small(
     )
 
 
-def _mesh(config: ModelConfig, asked: MeshShape | None, progress: Progress) -> Mesh:
+def _mesh(
+    config: ModelConfig, asked: MeshShape | None, progress: Progress, devices: Sequence[jax.Device] | None
+) -> Mesh:
     """As asked for; or over as many devices as the model's sizes divide by, but one where they are a single
     CPU's. Raises ValueError for one that does not fit the model or the devices."""
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = asked
     if shape is None:
         alone = devices[0].platform == "cpu" and jax.process_count() == 1
@@ -278,7 +374,7 @@ def _mesh(config: ModelConfig, asked: MeshShape | None, progress: Progress) -> M
         if shape.devices > 1 or len(devices) > 1:
             progress(f"--mesh {shape}: chosen for {len(devices)} device(s)")
     check_mesh(config, shape)
-    mesh = make_mesh(shape, kv_heads=config.num_kv_heads)
+    mesh = make_mesh(shape, devices, kv_heads=config.num_kv_heads)
     if (held := shape.replica // parts(mesh, "kv_heads")) > 1:
         progress(
             f"each of the model's {config.num_kv_heads} key/value heads is held by {held} devices, its pages"
@@ -297,16 +393,18 @@ def _describe(model: Decoder) -> str:
 
 
 def _load(
-    model: str | None, options: EngineOptions, progress: Progress, group: Group | None
+    model: str | None, options: EngineOptions, progress: Progress, group: Group | None, part: Part = ALONE
 ) -> tuple[Plan, Params, EngineState]:
     """What a runner takes: everything compiled, the weights in place, an empty pool."""
     enable_compilation_cache(progress)
-    plan = plan_engine(model, options, progress, group)
+    plan = plan_engine(model, options, progress, group, part)
     _compile(plan, progress)
     compiled = time.perf_counter()
     weights = device_bytes(abstract_params(plan.model, plan.mesh, plan.layout))
     progress(f"placing {weights / 1e6:.0f} MB of weights on each of {plan.mesh.size} device(s)")
-    if plan.checkpoint is None:
+    if part.params is not None:
+        params = copy_params(part.params, plan.model, plan.mesh, plan.layout)
+    elif plan.checkpoint is None:
         params = dummy_params(plan.model, plan.mesh, plan.layout, options.seed)
     else:
         params = load_params(plan.model, plan.checkpoint, plan.mesh, plan.layout)
@@ -322,13 +420,14 @@ def build_engine(
     *,
     progress: Progress = lambda line: None,
     group: Group | None = None,
+    part: Part = ALONE,
 ) -> Engine:
     """An engine that is warm: whatever it will run is compiled. group: this process leads it.
 
     Raises ValueError for what cannot be served, GroupError and ChannelError where the group is not whole.
     """
     begin = time.perf_counter()
-    plan, params, state = _load(model, options, progress, group)
+    plan, params, state = _load(model, options, progress, group, part)
     if group is None:
         runner = Runner(plan.programs, params, state)
     else:
@@ -370,6 +469,7 @@ def build_engine(
             "pages_total": shape.num_pages,
             "page_size": shape.page_size,
             "page_bytes": plan.page_bytes,
+            "prefill_chunk": max(plan.prefill_rows),
             "max_model_len": plan.loaded.max_model_len,
         },
     )
@@ -378,8 +478,10 @@ def build_engine(
     speed = warm_up(engine)
     if group is not None:
         group.channel.watch_closely()  # now that the others have loaded too
-    engine.facts["warmup_tokens_per_second"] = speed.slots / speed.step
-    engine.facts["chunk_seconds"], engine.facts["step_seconds"] = speed.chunk, speed.step
+    engine.facts["chunk_seconds"] = speed.chunk
+    if speed.step is not None:
+        engine.facts["warmup_tokens_per_second"] = speed.slots / speed.step
+        engine.facts["step_seconds"] = speed.step
     seconds = time.perf_counter() - begin
     engine.facts["startup_seconds"] = seconds
     progress(speed.describe(options.objective))
@@ -403,13 +505,82 @@ def build_serving(
     progress: Progress = lambda line: None,
     group: Group | None = None,
 ) -> EngineLike:
-    """What serves: a warm engine, with `--response-cache` behind the answers that it gave before."""
-    engine = build_engine(model, options, progress=progress, group=group)
+    """What serves: a warm engine, or several behind one queue, with `--response-cache` behind the answers
+    that they gave before. Raises as `build_engine`."""
+    replicas = 1 if options.mesh is None else parse_mesh(options.mesh).data
+    engine: Engine | Replicas
+    if replicas == 1 and not options.prefill_replicas:
+        engine = build_engine(model, options, progress=progress, group=group)
+    elif group is None:
+        engine = build_replicas(model, options, progress)
+    else:
+        raise ValueError(
+            f"--mesh {options.mesh} --prefill-replicas={options.prefill_replicas}: over several processes"
+            " data must be 1, and prompts are computed where tokens are drawn; start a group for each replica"
+        )
     if not options.response_cache:
         return engine
     folder = read_model(model, options).folder
-    engine.facts["fingerprint"] = fingerprint(folder, options, engine.facts["dtype"])
+    one = engine.engines[0] if isinstance(engine, Replicas) else engine
+    engine.facts["fingerprint"] = fingerprint(folder, _as_run(options, one.facts), one.facts["dtype"])
     return CachingEngine(engine, ResponseCache(cache_file(), options.response_cache * 2**20, progress))
+
+
+def build_replicas(model: str | None, options: EngineOptions, progress: Progress) -> Replicas:
+    """An engine for each replica along the mesh's data axis, each on its own devices, and `prefill_replicas`
+    more that only compute prompts; behind one queue. Raises ValueError where the devices do not suffice."""
+    shape = MeshShape() if options.mesh is None else parse_mesh(options.mesh)
+    if options.prefill_replicas and not options.prefix_cache:
+        raise ValueError("--prefill-replicas needs the prefix cache, through which the pages arrive")
+    count, each, devices = shape.data + options.prefill_replicas, shape.replica, jax.devices()
+    if count * each > len(devices):
+        raise ValueError(
+            f"{shape.data} replicas (--mesh data) and --prefill-replicas={options.prefill_replicas} on {each}"
+            f" devices each need {count * each}; there are {len(devices)}"
+        )
+    own = dataclasses.replace(
+        options,
+        mesh=str(dataclasses.replace(shape, data=1)),
+        max_queued=MOST_QUEUED,  # the one queue says who waits, and who is refused
+        max_queued_tokens=MOST_QUEUED_TOKENS,
+    )
+
+    def build(number: int, params: Params | None = None) -> Engine:
+        part = Part(
+            devices=tuple(devices[number * each : (number + 1) * each]),
+            here=count,
+            prompts_only=number >= shape.data,
+            moves=options.prefill_replicas > 0,
+            params=params,
+        )
+        name = f"replica {number}" if number < shape.data else f"prompts {number - shape.data}"
+        return build_engine(model, own, progress=lambda line: progress(f"{name}: {line}"), part=part)
+
+    first = build(0)
+    own = _as_run(own, first.facts)  # all alike
+    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        others = pool.map(lambda number: build(number, first.params), range(1, count))
+        engines = [first, *others]
+    decoding: list[EngineLike] = list(engines[: shape.data])
+    if options.prefill_replicas:
+        prompts = PromptReplicas(engines[shape.data :])
+        decoding = [Disaggregated(engine, prompts) for engine in engines[: shape.data]]
+    pages = sum(engine.facts["pages_total"] for engine in engines[: shape.data])
+    return Replicas(
+        decoding,
+        max_queued=options.max_queued,
+        max_queued_tokens=options.max_queued_tokens or 64 * pages * first.facts["page_size"],
+    )
+
+
+def _as_run(options: EngineOptions, facts: Mapping[str, Any]) -> EngineOptions:
+    """The options with the sizes that a running engine has."""
+    return dataclasses.replace(
+        options,
+        max_slots=facts["slots"],
+        page_size=facts["page_size"],
+        prefill_chunk=facts["prefill_chunk"],
+    )
 
 
 def fingerprint(folder: Path, options: EngineOptions, dtype: str) -> str:
@@ -417,8 +588,8 @@ def fingerprint(folder: Path, options: EngineOptions, dtype: str) -> str:
     dummy = options.load_format == "dummy"
     model = (model_digest(folder, weights=not dummy), options.seed if dummy else None, dtype)
     versions = (__version__, jax.__version__, jaxlib.version.__version__)
-    where = (jax.devices()[0].device_kind, options.mesh or len(jax.devices()))
-    shapes = (options.reproducible, options.chunk_tokens, options.max_slots, options.page_size)
+    where = (jax.devices()[0].device_kind, options.mesh or len(jax.devices()), options.prefill_replicas)
+    shapes = (options.reproducible, options.chunk_tokens, options.slots, options.page_tokens)
     return repr((model, versions, where, shapes, multi_step(options)))
 
 
@@ -468,10 +639,20 @@ def _tokenizer(folder: Path, progress: Progress) -> Tokenizer | None:
 def dry_run(model: str | None, options: EngineOptions, progress: Progress = lambda line: None) -> str:
     """The programs, the pool and what fits, without loading a weight; ValueError if it does not fit."""
     enable_compilation_cache(progress)
-    plan = plan_engine(model, options, progress)
+    asked = None if options.mesh is None else parse_mesh(options.mesh)
+    replicas, others = 1 if asked is None else asked.data, options.prefill_replicas
+    if asked is not None:
+        options = dataclasses.replace(options, mesh=str(dataclasses.replace(asked, data=1)))
+    plan = plan_engine(model, options, progress, part=Part(here=replicas + others, moves=others > 0))
     _compile(plan, progress)
     shape = plan.shape
-    lines = [f"{'program':<24}{'arguments':>16}{'temporary':>16}{'peak':>16}  bytes on one device"]
+    lines = []
+    if replicas > 1 or others:
+        lines.append(
+            f"{replicas} replicas on {plan.mesh.size} device(s) each, and {others} more that only compute"
+            " prompts; of one of them:"
+        )
+    lines += [f"{'program':<24}{'arguments':>16}{'temporary':>16}{'peak':>16}  bytes on one device"]
     for key in plan.programs.keys():
         memory = plan.programs.memory(key)
         lines.append(

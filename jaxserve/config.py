@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 if TYPE_CHECKING:
     from sharding.distributed import Place
 
+MOST_QUEUED, MOST_QUEUED_TOKENS = 2**20, 2**40
+DEFAULT_SLOTS, DEFAULT_PAGE = 16, 64
+
 
 def _check_types(options: Any) -> None:
     """Raises ValueError naming the flag whose value is none that its field declares."""
@@ -38,17 +41,22 @@ class EngineOptions:
 
     dtype: of weights and KV pages; auto takes what the checkpoint says.
     max_model_len: longest context in tokens, prompt and generated together; None takes the model's own.
-    max_slots: sequences that decode together.
-    page_size: tokens per KV page.
+    max_slots: sequences that decode together; None takes what `jaxserve tune` found for this model and
+        machine, else 16.
+    page_size: tokens per KV page; None likewise, else 64.
     kv_pages: pages in the pool; None takes what memory holds, at most what all slots can use.
     memory_fraction: share of the device's (on CPU: the free) memory that weights, pool and programs may take.
-    prefill_chunk: prompt tokens computed between two decode steps; None goes by the objective.
+    prefill_chunk: prompt tokens computed between two decode steps; None likewise, else it goes by the
+        objective.
+    tuned: use what `jaxserve tune` saved, where no flag says otherwise; never with reproducible.
     mesh: devices per axis, e.g. data=1,tensor=4,expert=1; None takes all devices that the model's sizes
         divide by, one on CPU.
     seed: draws the seeds of requests that bring none; with load_format dummy, the weights too.
     load_format: auto reads the checkpoint; dummy draws random weights from config.json alone.
     objective: throughput computes prompts in chunks of 512 tokens; latency in chunks of 128, so that the
         tokens of those who already read come at shorter intervals, and fewer in all.
+    prefill_replicas: engines beside the replicas of `mesh`, each on as many devices as one of these, that
+        only compute prompts; the pages go from device to device.
     reproducible: the same request gets the same bits, whatever runs beside it.
     prefix_cache: start a prompt from the pages that earlier ones left.
     multi_step: tokens that each sequence draws per dispatch when nothing waits; None takes 1, or 4 for
@@ -62,15 +70,17 @@ class EngineOptions:
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int | None = None
-    max_slots: int = 16
-    page_size: int = 64
+    max_slots: int | None = None
+    page_size: int | None = None
     kv_pages: int | None = None
     memory_fraction: float = 0.9
     prefill_chunk: int | None = None
+    tuned: bool = True
     mesh: str | None = None
     seed: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
     objective: Literal["throughput", "latency"] = "throughput"
+    prefill_replicas: int = 0
     reproducible: bool = False
     prefix_cache: bool = True
     multi_step: int | None = None
@@ -92,17 +102,18 @@ class EngineOptions:
             ("seed", 0, 2**63 - 1),
             ("multi_step", 1, 64),
             ("overcommit", 1.0, 16.0),
-            ("max_queued", 1, 2**20),
-            ("max_queued_tokens", 0, 2**40),
+            ("prefill_replicas", 0, 1024),
+            ("max_queued", 1, MOST_QUEUED),
+            ("max_queued_tokens", 0, MOST_QUEUED_TOKENS),
             ("step_timeout", 0.1, 86400.0),
             ("response_cache", 0, 2**20),
         ):
             value = getattr(self, name)
-            if value is None and name in ("prefill_chunk", "multi_step"):
+            if value is None and name in ("max_slots", "page_size", "prefill_chunk", "multi_step"):
                 continue
             if not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must lie in [{low}, {high}]")
-        if self.page_size & (self.page_size - 1):
+        if self.page_tokens & (self.page_tokens - 1):
             raise ValueError(f"--page-size={self.page_size} must be a power of two")
         for name in ("max_model_len", "kv_pages"):
             value = getattr(self, name)
@@ -110,6 +121,16 @@ class EngineOptions:
                 raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"--memory-fraction={self.memory_fraction} must lie in (0, 1]")
+
+    @property
+    def slots(self) -> int:
+        """`max_slots`, or the default."""
+        return DEFAULT_SLOTS if self.max_slots is None else self.max_slots
+
+    @property
+    def page_tokens(self) -> int:
+        """`page_size`, or the default."""
+        return DEFAULT_PAGE if self.page_size is None else self.page_size
 
     @property
     def chunk_tokens(self) -> int:

@@ -30,7 +30,10 @@ AHEAD = 2  # sequences that a replica has waiting, so that a slot that becomes f
 AGING_SECONDS, BATCH_PATIENCE = 10.0, 600.0  # as the scheduler's
 # of several engines' stats these are everybody's own, not a sum
 SAME = frozenset(
-    {"page_size", "page_bytes", "max_model_len", "startup_seconds", "chunk_seconds", "step_seconds"}
+    {
+        *("page_size", "page_bytes", "prefill_chunk", "max_model_len"),
+        *("startup_seconds", "chunk_seconds", "step_seconds"),
+    }
 )
 
 

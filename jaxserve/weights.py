@@ -175,6 +175,13 @@ def _updates(
     return jax.jit(new, out_shardings=place), jax.jit(put, donate_argnums=0, out_shardings=place)
 
 
+def copy_params(params: Params, model: Decoder, mesh: Mesh, layout: Layout) -> Params:
+    """The weights of one mesh on another, from device to device; what lies there already stays."""
+    return jax.tree.map(
+        lambda array, spec: jax.device_put(array, _place(spec)), params, abstract_params(model, mesh, layout)
+    )
+
+
 def dummy_params(model: Decoder, mesh: Mesh, layout: Layout, seed: int) -> Params:
     """Random weights, drawn on the devices where they stay: norms 1, the rest normal."""
     abstract = abstract_params(model, mesh, layout)

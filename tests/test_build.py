@@ -104,7 +104,7 @@ def test_weights_arrive_in_every_dtype_and_layout(tmp_path, stored, layout):
         ({"max_model_len": 257}, r"--max-model-len=257 is beyond the model's context of 256"),
         ({"mesh": "tensor=3"}, r"--mesh tensor=3 does not divide .*intermediate_size=128; .* 1, 2, 4$"),
         ({"mesh": "tensor=64"}, r"does not divide|there are \d+"),
-        ({"mesh": "data=2"}, r"only the tensor axis"),
+        ({"mesh": "data=2"}, r"one engine is one replica"),
         ({"mesh": "rows=2"}, r"'rows' is not an axis"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_pool_takes_what_memory_leaves(folder, monkeypatch):
     roomy = build.plan_engine(str(folder), SMALL, lambda line: None)
     assert roomy.shape.num_pages == 32  # two slots of 256 tokens: more could never be used
     limit = roomy.programs.needed() - 10 * roomy.page_bytes
-    monkeypatch.setattr(build, "memory_limit", lambda mesh, fraction: limit)
+    monkeypatch.setattr(build, "memory_limit", lambda *_: limit)
     tight = build.plan_engine(str(folder), SMALL, lambda line: None)
     assert 16 <= tight.shape.num_pages < roomy.shape.num_pages
     tight.programs.compile(tight.programs.largest())
@@ -178,7 +178,7 @@ def test_every_program_counts_beside_weights_and_pool(folder):
 def test_what_does_not_fit_is_said_by_dry_run_too(folder, monkeypatch):
     plan = build.plan_engine(str(folder), SMALL, lambda line: None)
     limit = plan.programs.needed() - 17 * plan.page_bytes  # less than one sequence's pages are left
-    monkeypatch.setattr(build, "memory_limit", lambda mesh, fraction: limit)
+    monkeypatch.setattr(build, "memory_limit", lambda *_: limit)
     with pytest.raises(ValueError, match=rf"{limit} bytes may be used\. Lower --max-model-len"):
         build.dry_run(str(folder), SMALL)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.engine import batch
 from jaxserve.engine.programs import Program, Programs
-from jaxserve.engine.state import StateShape, abstract_state
+from jaxserve.engine.state import EngineState, StateShape, abstract_state
 from jaxserve.engine.step import Steps
 from jaxserve.models.decoder import Params
 
+PAGES_MOVED = 8  # pages that go from one pool to another at a time
 MAX_PREFILL_ROWS = 16  # prompts that end in one chunk; each costs a row of the output head
 
 
@@ -61,7 +64,7 @@ def register_programs(
     model, mesh = steps.model, steps.mesh
     state = abstract_state(model.config, shape, model.dtype, mesh)
     state_out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def ints(*size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
@@ -122,3 +125,45 @@ def register_programs(
         )
     )
     return programs
+
+
+def register_moves(programs: Programs, steps: Steps, shape: StateShape) -> None:
+    """What copies pages out of one pool, and into another: PAGES_MOVED at a time."""
+    model, mesh = steps.model, steps.mesh
+    state = abstract_state(model.config, shape, model.dtype, mesh)
+    ids = jax.ShapeDtypeStruct((PAGES_MOVED,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    block = jax.ShapeDtypeStruct(
+        (state.pool.shape[0], PAGES_MOVED, *state.pool.shape[2:]),
+        state.pool.dtype,
+        sharding=state.pool.sharding,
+    )
+
+    # page by page: XLA makes a gather or a scatter along the second axis one along the first, of a copy
+
+    def copy(state: EngineState, ids: jax.Array) -> jax.Array:
+        pages = [jax.lax.dynamic_slice_in_dim(state.pool, ids[i], 1, axis=1) for i in range(PAGES_MOVED)]
+        return jnp.concatenate(pages, axis=1)
+
+    def place(state: EngineState, ids: jax.Array, block: jax.Array) -> EngineState:
+        def one(i: jax.Array, pool: jax.Array) -> jax.Array:
+            at, new = jnp.maximum(ids[i], 0), jax.lax.dynamic_slice_in_dim(block, i, 1, axis=1)
+            old = jax.lax.dynamic_slice_in_dim(pool, at, 1, axis=1)
+            new = jnp.where(ids[i] >= 0, new, old)
+            return jax.lax.dynamic_update_slice_in_dim(pool, new, at, axis=1)
+
+        return dataclasses.replace(state, pool=jax.lax.fori_loop(0, PAGES_MOVED, one, state.pool))
+
+    programs.register(
+        Program("copy_pages", PAGES_MOVED, copy, (state, ids), lasting=(0,), out_shardings=block.sharding)
+    )
+    programs.register(
+        Program(
+            "place_pages",
+            PAGES_MOVED,
+            place,
+            (state, ids, block),
+            donate=(0,),
+            lasting=(0,),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+        )
+    )

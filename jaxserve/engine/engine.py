@@ -15,7 +15,7 @@ import dataclasses
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxserve.engine.programs import Key, bucket_for
 from jaxserve.engine.rate import Rate
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.streams import Stream
+from jaxserve.models.decoder import Params
 from jaxserve.scheduler.scheduler import Event, Scheduler
 from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
 from jaxserve.text.tokenizer import Tokenizer
@@ -46,6 +47,21 @@ class _Flight:
     decode: jax.Array | None = None  # i32[steps, rows, RESULT_WIDTH]
     prompt_logprobs: jax.Array | None = None  # i32[tokens, RESULT_WIDTH]
     programs: list[Key] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptPages:
+    """Pages of a prompt that were computed elsewhere.
+
+    digests: of the prompt's pages up to the last of these. first: the index of the first of these. block: at
+    most PAGES_MOVED of them, already on this pool's devices; see `Runner.copy_pages`. placed: called once the
+    block's writing was dispatched.
+    """
+
+    digests: list[bytes]
+    first: int
+    block: jax.Array
+    placed: Callable[[], None]
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,7 +112,7 @@ class Engine:
         self._random = random.Random(seed)
         self._streams: dict[Sequence, Stream] = {}
         self._flight: _Flight | None = None
-        self._inbox: collections.deque[tuple[Request, Sink] | str] = collections.deque()
+        self._inbox: collections.deque[tuple[Request, Sink] | str | PromptPages] = collections.deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -109,8 +125,24 @@ class Engine:
         self._most_steps = scheduler.multi_step
         self._choose_steps = choose_steps
         self._looked_at = StepTimes()
+        # called on this engine's thread with each chunk of a prompt that has been computed
+        self.on_chunk: Callable[[Sequence, PrefillRow], None] | None = None
 
     # -- from any thread -------------------------------------------------------------------------------
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it draws more than a first token."""
+        return bool(self._decode_buckets)
+
+    @property
+    def least_prefill(self) -> int:
+        """Tokens that the smallest prefill program takes."""
+        return min(self._prefill_rows)
+
+    @property
+    def params(self) -> Params:
+        return self._runner.params
 
     @property
     def healthy(self) -> bool:
@@ -141,6 +173,12 @@ class Engine:
                 self._totals["rejected_total"] += len(requests)
                 raise EngineBusy(self._rate.seconds_for(waiting))
             self._inbox.extend(requests)
+            self._wake.notify()
+
+    def deposit(self, pages: PromptPages) -> None:
+        """Puts pages of a prompt into the prefix cache, as many as find room, before the next step."""
+        with self._wake:
+            self._inbox.append(pages)
             self._wake.notify()
 
     def abort(self, request_id: str) -> None:
@@ -187,6 +225,14 @@ class Engine:
         with self._wake:
             self.failure = self.failure or error
             self._wake.notify()
+
+    def copy_pages(self, pages: list[int]) -> jax.Array:
+        """See `Runner.copy_pages`; on the engine's own thread."""
+        return self._runner.copy_pages(pages)
+
+    def bring(self, block: jax.Array) -> jax.Array:
+        """A block of pages from another engine's devices on this one's. Any thread may ask."""
+        return self._runner.bring(block)
 
     def close(self) -> None:
         """Stops the loop; requests that still run are aborted."""
@@ -295,11 +341,20 @@ class Engine:
                 for sequence in self.scheduler.abort(item):
                     self._streams.pop(sequence).end()
                 continue
+            if isinstance(item, PromptPages):
+                self._place(item)
+                continue
             request, sink = item
             for sequence in self.scheduler.add(request, self._seeds(request)):
                 self._streams[sequence] = Stream(sequence, sink, self.tokenizer)
             self._totals["requests_total"] += 1
             self._totals["prompt_tokens_total"] += len(request.prompt_token_ids)
+
+    def _place(self, pages: PromptPages) -> None:
+        if adopted := dict(self.scheduler.adopt(pages.digests, pages.first)):
+            targets = [adopted.get(i, -1) for i in range(pages.first, len(pages.digests))]
+            self._runner.place_pages(targets, pages.block)
+        pages.placed()
 
     def _seeds(self, request: Request) -> list[int]:
         seed = request.params.seed
@@ -374,6 +429,9 @@ class Engine:
             prefill, prompt = self._read(flight, flight.prefill, flight.prompt_logprobs)
             results = batch.unpack_results(prefill[: len(plan.prefill)])
             events = self.scheduler.commit_prefill(plan, results.tokens)
+            if self.on_chunk is not None:
+                for sequence, _, i, _ in events:
+                    self.on_chunk(sequence, plan.prefill[i])
             prompt_results = batch.unpack_results(prompt)
             starts = np.cumsum([0, *(len(row.tokens) for row in plan.prefill)])
             for sequence, _, i, _ in events:

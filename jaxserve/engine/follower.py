@@ -48,17 +48,20 @@ class LeadingRunner(Runner):
 def follow(runner: Runner, channel: Channel) -> None:
     """Runs what process 0 runs until it closes the group; it is one program ahead, as process 0 is.
 
-    Raises what the device raises, ChannelError if a process is gone.
+    Raises ChannelError if a process is gone, what the device raises otherwise.
     """
     before: jax.Array | None = None
-    with jax.no_tracing():
-        while (frame := channel.receive()) is not None:
-            channel.watch_closely()
-            now = runner.run(*decode(frame))
-            if before is not None:
-                before.block_until_ready()
-            before = now if now is not None else before
-        runner.settle()
+    try:
+        with jax.no_tracing():
+            while (frame := channel.receive()) is not None:
+                channel.watch_closely()
+                now = runner.run(*decode(frame))
+                if before is not None:
+                    before.block_until_ready()
+                before = now if now is not None else before
+            runner.settle()
+    except Exception as error:  # a collective fails as soon as one of its processes is gone
+        raise channel.explain(error) from error
 
 
 def encode(key: Key, packed: NDArray[np.int32]) -> bytes:

@@ -6,10 +6,13 @@ too: `follower.py` runs the same arrays, in the same order, in the other process
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxserve.engine.buckets import PAGES_MOVED
 from jaxserve.engine.programs import Key, Programs
 from jaxserve.engine.state import EngineState
 from jaxserve.models.decoder import Params
@@ -22,6 +25,7 @@ class Runner:
         self.programs = programs
         self._params = params
         self._state = state
+        self._place = state.pool.sharding
         self._hidden: jax.Array | None = None  # of the prefill that ran last, until something else runs
 
     def run(self, key: Key, packed: NDArray[np.int32]) -> jax.Array | None:
@@ -43,6 +47,27 @@ class Runner:
             case kind:
                 raise KeyError(f"nobody has said what the program {kind!r} takes and gives")
         return results
+
+    @property
+    def params(self) -> Params:
+        return self._params
+
+    def copy_pages(self, pages: Sequence[int]) -> jax.Array:
+        """Dispatches a copy of at most PAGES_MOVED pages: [L, PAGES_MOVED, page, 2KH], like the pool in all
+        but the number of pages. What follows the last one is any page's."""
+        ids = np.zeros(PAGES_MOVED, np.int32)
+        ids[: len(pages)] = pages
+        return self.programs["copy_pages", PAGES_MOVED](self._state, ids)
+
+    def place_pages(self, pages: Sequence[int], block: jax.Array) -> None:
+        """Dispatches the writing of a block, its entry i to pages[i]; nowhere where that is -1 or lacks."""
+        ids = np.full(PAGES_MOVED, -1, np.int32)
+        ids[: len(pages)] = pages
+        self._state = self.programs["place_pages", PAGES_MOVED](self._state, ids, block)
+
+    def bring(self, block: jax.Array) -> jax.Array:
+        """A block of another pool's pages, on this one's devices."""
+        return jax.device_put(block, self._place)
 
     def read(self, results: jax.Array) -> NDArray[np.int32]:
         """Waits for results."""

@@ -25,8 +25,8 @@ class OutOfPages(RuntimeError):
 class PageAllocator:
     """Hands out pages 0 .. num_pages-1. A page returns to the pool with its last reference.
 
-    owners: owners are numbered 0 .. owners-1 (the scheduler's slots), and each call then names one; 0 owners:
-        nobody asks for `private`.
+    owners: owners are numbered 0 .. owners-1 (the scheduler's slots), and a call names one, or NOBODY while
+        pages only pass through; 0 owners: nobody asks for `private`.
     private: i32[owners], the pages that would be free if this owner alone let go of its own. A page that two
         owners had and whose first one left counts for nobody until it is free, so that
         used - sum(private) pages are known to be shared, or were.
@@ -90,7 +90,7 @@ class PageAllocator:
         taken = self._stack[self._blank - count : self._blank][::-1]
         self._references[taken] = 1
         self._home[taken] = owners
-        if not len(self.private):
+        if not len(self.private) or (isinstance(owners, int) and owners == NOBODY):
             pass
         elif isinstance(owners, int):
             self.private[owners] += count
@@ -123,7 +123,8 @@ class PageAllocator:
             del self._idle[page]
         self._home[revived] = owner
         if len(self.private):
-            self.private[owner] += len(revived)
+            if owner != NOBODY:
+                self.private[owner] += len(revived)
             self._count(self._home[shared[before == 1]], -1)
 
     def release(self, pages: Sequence[int], owner: int = NOBODY) -> None:

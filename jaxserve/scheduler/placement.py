@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 
-from jaxserve.scheduler.prefix_cache import extend_digests, root_digest
+from jaxserve.scheduler.prefix_cache import prompt_digests
 from jaxserve.scheduler.types import Request
 
 SEQUENCE_TOKENS = 256
@@ -69,10 +69,7 @@ class Placement:
 
     def place(self, request: Request, among: list[int] | None = None) -> int:
         """The replica for a request, among some or all; from now on the request counts there."""
-        digests: list[bytes] = []
-        if self._prefix_aware:
-            prompt = request.prompt_token_ids[:-1]  # one token at least is computed
-            extend_digests(digests, root_digest(b"shared" + request.salt), prompt, self._page_size)
+        digests = prompt_digests(request, self._page_size) if self._prefix_aware else []
         length, sequences = len(request.prompt_token_ids), request.params.sequences
         choices = range(len(self._replicas)) if among is None else among
 

@@ -6,7 +6,7 @@ costs. Only whole pages are known, and a page that is known is never written aga
 computing on a page of its own. 16 bytes of BLAKE2b make an accidental collision unthinkable and a sought one
 as hard as 2**64 hashes; the first digest is of the salt, which keeps apart who must not share.
 
-Does not know about sequences, slots or plans.
+Does not know about sequences, slots or plans; of a request it reads the prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.scheduler.pages import PageAllocator, require
+from jaxserve.scheduler.types import Request
 
 DIGEST_BYTES = 16
 
@@ -35,6 +36,18 @@ def extend_digests(digests: list[bytes], root: bytes, tokens: NDArray[np.int32],
     for start in range(0, len(data) - width + 1, width):
         parent = hashlib.blake2b(parent + data[start : start + width], digest_size=DIGEST_BYTES).digest()
         digests.append(parent)
+
+
+def shared_root(request: Request) -> bytes:
+    """What the digests of a request's pages begin with where requests share pages."""
+    return root_digest(b"shared" + request.salt)
+
+
+def prompt_digests(request: Request, page_size: int) -> list[bytes]:
+    """Of the whole pages of its prompt that it may take from a cache: one token at least is computed."""
+    digests: list[bytes] = []
+    extend_digests(digests, shared_root(request), request.prompt_token_ids[:-1], page_size)
+    return digests
 
 
 class PrefixCache:
@@ -61,6 +74,25 @@ class PrefixCache:
                 break
             pages.append(page)
         return pages
+
+    def adopt(self, digests: Sequence[bytes], first: int) -> list[tuple[int, int]]:
+        """Idle pages for those of digests[first:] that are not known, as far as there are free ones:
+        (index of the digest, page). They are known from now on; the caller has them written at once.
+
+        None where a page before the first is not known: nobody could come upon these.
+        """
+        if len(self.match(digests, first)) < first:
+            return []
+        known = [self._pages[digest] for digest in digests if digest in self._pages]
+        self._allocator.share(known)  # or they might make room for what follows them
+        lacking = [i for i, digest in enumerate(digests) if digest not in self._pages]
+        pages = self._allocator.allocate(min(len(lacking), self._allocator.free))
+        adopted = list(zip(lacking, pages, strict=False))
+        for i, page in adopted:
+            self.add(digests[i], page)
+        in_order = [self._pages[digest] for digest in digests if digest in self._pages]
+        self._allocator.release(in_order[::-1])  # the beginning's first pages are the last to be taken
+        return adopted
 
     def add(self, digest: bytes, page: int) -> None:
         """From now on this page, which somebody owns, is known; unless another with the same content is."""

@@ -222,6 +222,16 @@ class Scheduler:
         positions = max(len(request.prompt_token_ids), request.max_total_tokens - 1)
         return -(-positions // self.page_size)
 
+    # -- pages that come from elsewhere ----------------------------------------------------------------
+
+    def known(self, digests: Seq[bytes]) -> int:
+        """How many of a beginning's first pages the prefix cache has. Any thread may ask."""
+        return len(self._cache.match(digests, len(digests)))
+
+    def adopt(self, digests: Seq[bytes], first: int) -> list[tuple[int, int]]:
+        """See `PrefixCache.adopt`: pages that whoever calls fills before the next plan is dispatched."""
+        return self._cache.adopt(digests, first)
+
     # -- what comes and goes ---------------------------------------------------------------------------
 
     def add(self, request: Request, seeds: Seq[int]) -> list[Sequence]:

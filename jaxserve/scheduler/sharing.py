@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxserve.scheduler.prefix_cache import PrefixCache, extend_digests, root_digest
+from jaxserve.scheduler.prefix_cache import PrefixCache, extend_digests, root_digest, shared_root
 from jaxserve.scheduler.types import Request, Sequence
 
 
@@ -45,7 +45,7 @@ class Sharing:
         """A request came. number: no other request's."""
         root = None
         if self._prefix_cache:
-            root = root_digest(b"shared" + request.salt)
+            root = shared_root(request)
         elif request.params.sequences > 1:
             root = root_digest(b"request" + number.to_bytes(8))
         self._families[request.request_id] = _Family(root, private=not self._prefix_cache)

@@ -165,6 +165,13 @@ class Device:
             hash(tuple(state.tokens)), namespace, kind, self.plan, state.prefill.slot
         )
 
+    def place_page(self, page: int, index: int, prompt: list[int], namespace: object) -> None:
+        """Fills a page with a prompt's page of that index, computed elsewhere by prefill."""
+        for offset in range(self.page_size):
+            end = index * self.page_size + offset + 1
+            written = Written(hash(tuple(prompt[:end])), namespace, "prefill", self.plan, -1)
+            self.kv[page * self.page_size + offset] = written
+
     def check_reads(self, state: Row, table: np.ndarray) -> None:
         used = -(-len(state.tokens) // self.page_size)
         assert (table[:used] >= 0).all()
@@ -174,7 +181,7 @@ class Device:
             there = self.kv[self.place(table, position)]
             assert there is not None and there.namespace == namespace
             assert there.tokens == hash(tuple(state.tokens[: position + 1])), position
-            assert there.plan < self.plan or there.slot == state.prefill.slot
+            assert there.plan < self.plan or there.slot in (state.prefill.slot, -1)
             if self.replay:  # what prefill made is not decode's to make, and the other way round
                 assert there.kind == ("prefill" if position < len(prompt) else "decode")
 

@@ -101,6 +101,27 @@ def test_a_forgotten_page_is_blank() -> None:
     pages.check_invariants()
 
 
+def test_pages_from_elsewhere_become_idle_and_known() -> None:
+    pages = PageAllocator(4, owners=1)
+    cache = PrefixCache(pages)
+    digests = digests_of([1, 2, 3, 4, 5, 6])
+    assert cache.adopt(digests, 1) == []  # nobody could come upon the second page without the first
+    ((index, first),) = cache.adopt(digests[:1], 0)
+    assert index == 0 and cache.match(digests, 9) == [first]
+    assert cache.adopt(digests[:1], 0) == []  # it is there
+    held = pages.allocate(2, 0)
+    ((index, second),) = cache.adopt(digests, 1)  # one page is free for two; the first does not make room
+    assert index == 1 and cache.match(digests, 9) == [first, second]
+    assert (pages.free, pages.idle, pages.private.tolist()) == (2, 2, [2])
+    pages.check_invariants()
+    cache.check_invariants()
+    third = pages.allocate(1, 0)
+    assert third == [second] and cache.match(digests, 9) == [first]  # the last of a beginning goes first
+    pages.release(held + third, 0)
+    assert pages.free == 4 and pages.private.tolist() == [0]
+    pages.check_invariants()
+
+
 def test_random_use_against_a_list_of_prompts() -> None:
     """The oracle: what each page was filled with, whoever holds it."""
     for seed in range(60):

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from jaxserve.scheduler.prefix_cache import prompt_digests
 from jaxserve.scheduler.scheduler import NO_TOKEN, Event, Scheduler
 from jaxserve.scheduler.types import (
     Finish,
     Limits,
+    Request,
     SamplingParams,
     Sequence,
     Status,
@@ -67,6 +69,7 @@ class Trace:
         self.to_come = rng.randint(1, 8)
         self.p_abort, self.p_stop = rng.choice([0, 0, 0.1, 0.3]), rng.choice([0, 0, 0.05])
         self.p_batch, self.p_deadline = rng.choice([0, 0.3, 0.7]), rng.choice([0, 0, 0.3])
+        self.p_deposit = rng.choice([0, 0, 0.7])
         self.p_resize = rng.choice([0, 0.1])
         self.beginnings = [[rng.randrange(VOCAB) for _ in range(context)] for _ in range(rng.randint(1, 3))]
         self.now = 1000.0
@@ -155,6 +158,8 @@ class Trace:
         for one in seeds:
             namespace = request.salt if self.prefix_cache else name
             self.device.prompts[one] = request.prompt_token_ids.tolist(), namespace
+        if self.prefix_cache and rng.random() < self.p_deposit:
+            self.deposit(request)
         fresh = self.scheduler.add(request, seeds)
         assert [(s.index, s.seed) for s in fresh] == list(enumerate(seeds))
         self.sequences += fresh
@@ -162,6 +167,20 @@ class Trace:
         self.targets |= {sequence: [] for sequence in fresh}
         self.device.outputs |= {sequence.seed: sequence.output for sequence in fresh}
         self.check()
+
+    def deposit(self, request: Request) -> None:
+        """Pages of its prompt were computed elsewhere and come in pieces, one of which may get lost."""
+        digests, step = prompt_digests(request, self.page_size), self.rng.randint(1, 4)
+        for first in range(0, len(digests), step):
+            if self.rng.random() < 0.1:
+                continue
+            part = digests[: first + step]
+            adopted = self.scheduler.adopt(part, first)
+            assert all(first <= i < len(part) for i, _ in adopted)
+            for i, page in adopted:
+                prompt = request.prompt_token_ids.tolist()
+                self.device.place_page(page, i, prompt, request.salt)
+            self.check()
 
     def leave(self, request_id: str) -> None:
         expected = [

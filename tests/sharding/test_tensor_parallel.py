@@ -153,7 +153,7 @@ def test_every_declared_weight_has_a_rule(plan: build.Plan) -> None:
         ({"num_attention_heads": 14, "num_key_value_heads": 2}, "tensor=4", "num_attention_heads=14"),
         ({"intermediate_size": 90}, "tensor=4", "intermediate_size=90"),
         ({"vocab_size": 510}, "tensor=4", "vocab_size=510"),
-        ({}, "data=2", "only the tensor axis"),
+        ({}, "data=2", "one engine is one replica"),
         ({"num_attention_heads": 16, "num_key_value_heads": 16}, "tensor=16", "asks for 16 devices"),
     ],
 )
