@@ -5,9 +5,10 @@
 Schedulers, prefix caches, the queue before them and the placement are the real ones; devices, clocks and
 people are formulas. What is assumed:
 
-- A replica is one device with Llama 3.1 8B in bf16. A step takes the longer of bytes / bandwidth (weights
-  once, keys and values of every position that is read) and operations / rate (2 for each parameter and
-  token), and `HOST` beside it. Bandwidth and rate are an H100's data sheet times `SHARE`; not measured.
+- A replica is one device with Llama 3.1 8B in bf16. A step is a prefill and a decode program, one after the
+  other where there are both; each takes the longer of bytes / bandwidth (weights once, keys and values of
+  every position that is read) and operations / rate (2 for each parameter and token), and the step `HOST`
+  beside them. Bandwidth and rate are an H100's data sheet times `SHARE`; not measured.
 - A conversation belongs to one of `TENANTS`, whose system prompt all of its conversations begin with. Each
   turn sends everything said before and a new message; replies have a length drawn beforehand. People think
   between turns. Conversations begin at random times (Poisson), at the same times for every router.
@@ -71,15 +72,20 @@ class World:
 
 
 def step_seconds(plan: StepPlan) -> float:
-    tokens = sum(len(row.tokens) for row in plan.prefill)
-    read = sum(row.start + len(row.tokens) for row in plan.prefill)
-    steps = 1
+    """Of the prefill program and of the decode program, one after the other, as far as there are any."""
+
+    def program(tokens: int, read: int) -> float:
+        moved = (2 * PARAMETERS + KV_BYTES * read) / (BANDWIDTH * SHARE)
+        return max(moved, 2 * PARAMETERS * tokens / (RATE * SHARE))
+
+    seconds = HOST
+    if plan.prefill:
+        tokens = sum(len(row.tokens) for row in plan.prefill)
+        seconds += program(tokens, sum(row.start + len(row.tokens) for row in plan.prefill))
     if plan.decode is not None:
-        steps = plan.decode.steps
-        tokens += len(plan.decode.slots)
-        read += int(plan.decode.positions.sum()) + len(plan.decode.slots)
-    moved = (2 * PARAMETERS + KV_BYTES * read) / (BANDWIDTH * SHARE)
-    return HOST + steps * max(moved, 2 * PARAMETERS * tokens / (RATE * SHARE))
+        rows = len(plan.decode.slots)
+        seconds += plan.decode.steps * program(rows, int(plan.decode.positions.sum()) + rows)
+    return seconds
 
 
 class Replica:

@@ -117,7 +117,9 @@ def main() -> None:
             folder = temporary
             write_model(Path(temporary), TINY if options.quick else SMOLLM_135M)
         engine = build_engine(
-            folder, EngineOptions(max_slots=slots), progress=lambda line: print(line, file=sys.stderr)
+            folder,
+            EngineOptions(max_slots=slots, tuned=False),
+            progress=lambda line: print(line, file=sys.stderr),
         )
         needed = (2 * steps + 1) * options.rounds + 2 * slots
         prompt_len = min(PROMPT, engine.limits.max_model_len // 4)

@@ -275,7 +275,8 @@ class Options:
     seconds: float
 
     def engine(self, *, start: bool = True, **options: Any) -> Engine:
-        engine = build_engine(self.model, EngineOptions(max_slots=self.slots, **options), progress=say)
+        chosen = EngineOptions(max_slots=self.slots, tuned=False, **options)
+        engine = build_engine(self.model, chosen, progress=say)
         if start:
             engine.start()
         return engine

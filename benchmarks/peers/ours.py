@@ -41,7 +41,11 @@ def generate(engine: Engine, prompts: list[list[int]], new_tokens: int) -> Run:
 class Peer(EnginePeer):
     def __init__(self, settings: Settings) -> None:
         self.versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
-        options = EngineOptions(dtype=settings.dtype, max_slots=settings.sequences)  # type: ignore[arg-type]
+        options = EngineOptions(
+            dtype=settings.dtype,  # type: ignore[arg-type]
+            max_slots=settings.sequences,
+            tuned=False,  # figures of different days are of the same sizes
+        )
         self._engine = build_engine(settings.folder, options, progress=print)
 
     def run(self, prompts: list[list[int]], new_tokens: int, variant: str) -> Run:

@@ -244,8 +244,9 @@ class Decoder:
         indices = jnp.arange(c.num_layers, dtype=jnp.int32)
         layers, experts = params["layers"], None
         if isinstance(layers, tuple):
+            step = jax.jit(layer_step)  # traced and lowered once: XLA then inlines it layer by layer
             for i, weights in enumerate(layers):
-                carry, _ = layer_step(carry, (weights, indices[i], windows[i]))
+                carry, _ = step(carry, (weights, indices[i], windows[i]))
         else:
             if c.num_experts:
                 experts = layers["mlp"]["experts"]
