@@ -1,10 +1,10 @@
 """When do devices that only compute prompts pay?
 
-    python -m benchmarks.disaggregation simulate [--devices 4] [--seconds 30] [--seed 0]
+    python -m benchmarks.disaggregation simulate [--devices 4] [--gap 0.02] [--seconds 30] [--seed 0]
     python -m benchmarks.disaggregation measure [--seconds 30]
 
 `simulate`: the highest rate of requests (from one a second and device, in steps of `STEP`) at which 99 of 100
-first tokens come within `FIRST` seconds and 99 of 100 gaps between tokens stay within `GAP`, on the same
+first tokens come within `FIRST` seconds and 99 of 100 gaps between tokens stay within `--gap`, on the same
 devices divided in every way: all of them draw (with the best chunk size for it out of `CHUNKS`), or some only
 compute prompts.
 Schedulers, caches, queue, placement and the moving of pages are jaxserve's own code; devices and links are
@@ -215,7 +215,7 @@ def highest(workload: str, drawing: int, prompting: int, chunk: int, args: Any) 
     while bad is None or bad - good > 1:
         rate = args.devices * STEP**power
         found = simulate(workload, drawing, prompting, chunk, rate, args.seconds, args.seed)
-        if found["first_p99"] > FIRST or found["gap_p99"] > GAP:
+        if found["first_p99"] > FIRST or found["gap_p99"] > args.gap:
             bad = power
         else:
             good = power
@@ -237,7 +237,7 @@ def simulated(args: Any) -> dict[str, Any]:
             row = max(tried, key=lambda one: one["rate"])
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
-    bounds = {"first_s": FIRST, "gap_s": GAP, "devices": args.devices}
+    bounds = {"first_s": FIRST, "gap_s": args.gap, "devices": args.devices}
     run = {"seconds": args.seconds, "seed": args.seed, "rows": rows}
     return {"benchmark": "disaggregation (simulated)", **bounds, **run}
 
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("what", choices=("simulate", "measure"))
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--gap", type=float, default=GAP, help="bound on gaps, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(json.dumps(simulated(args) if args.what == "simulate" else measured(args)))

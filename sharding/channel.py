@@ -15,6 +15,7 @@ import enum
 import hmac
 import json
 import queue
+import select
 import socket
 import struct
 import threading
@@ -66,23 +67,37 @@ class _Link:
         finally:
             self._lock.release()
 
-    def receive(self, silence: float, limit: int = MAX_FRAME) -> tuple[Kind, bytes]:
-        """Raises OSError where the peer is gone or silent for so many seconds, ValueError for no frame."""
-        self._socket.settimeout(silence)
-        kind, length = _HEADER.unpack(self._read(_HEADER.size))
+    def receive(self, silence: Callable[[], float], limit: int = MAX_FRAME) -> tuple[Kind, bytes]:
+        """silence: the seconds without a byte after which the peer is gone, asked again while waiting.
+
+        Raises OSError where the peer is gone, ValueError for no frame.
+        """
+        self._socket.settimeout(silence())
+        kind, length = _HEADER.unpack(self._read(_HEADER.size, silence))
         if length > limit:
             raise ValueError(f"a frame of {length} bytes")
-        return Kind(kind), self._read(length)
+        return Kind(kind), self._read(length, silence)
 
-    def _read(self, length: int) -> bytes:
+    def _read(self, length: int, silence: Callable[[], float]) -> bytes:
         data = bytearray(length)
         view = memoryview(data)
         while view:
+            self._wait(silence)
             count = self._socket.recv_into(view)
             if not count:
                 raise ConnectionResetError("its connection ended")
             view = view[count:]
         return bytes(data)
+
+    def _wait(self, silence: Callable[[], float]) -> None:
+        """Until something came, or the end. A timeout of the socket's would stay what it was at the start."""
+        begin = time.monotonic()
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        while (left := begin + silence() - time.monotonic()) > 0:
+            if poll.poll(1e3 * min(left, BEAT_SECONDS)):
+                return
+        raise TimeoutError(f"nothing heard from it for {silence():.0f} s")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -236,10 +251,7 @@ class Channel:
     def _listen_to(self, link: _Link) -> None:
         while True:
             try:
-                kind, payload = link.receive(self._silence)
-            except TimeoutError:
-                self._lost(link, TimeoutError(f"nothing heard from it for {self._silence:.0f} s"))
-                return
+                kind, payload = link.receive(lambda: self._silence)
             except (OSError, ValueError) as error:
                 self._lost(link, error)
                 return
@@ -285,7 +297,7 @@ class Channel:
 
 def _greeting(link: _Link, token: str) -> tuple[int, str]:
     """(process, its name) of one that knows the token; OSError or ValueError for anybody else."""
-    kind, payload = link.receive(HELLO_SECONDS, MAX_HELLO)
+    kind, payload = link.receive(lambda: HELLO_SECONDS, MAX_HELLO)
     try:
         hello = json.loads(payload)
         known = hmac.compare_digest(str(hello["token"]).encode(), token.encode())

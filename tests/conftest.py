@@ -32,6 +32,8 @@ def settings(environ: dict[str, str]) -> dict[str, str]:
     return {
         **{name: environ.get(name, value) for name, value in defaults.items()},
         "XLA_FLAGS": flags,
+        # what a developer's own `jaxserve tune` or response cache holds is none of the tests' business
+        "XDG_CACHE_HOME": str(ROOT / ".pytest_cache" / "home"),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "HF_HUB_OFFLINE": "1",

@@ -31,7 +31,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, EngineOptio
     ) -> FakeEngine:
         calls.append((model, options))
         progress("built")
-        return FakeEngine(slots=options.max_slots)
+        return FakeEngine(slots=options.slots)
 
     fake = types.ModuleType("jaxserve.build")
     vars(fake)["build_serving"] = build_serving

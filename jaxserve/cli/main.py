@@ -22,9 +22,10 @@ COMMANDS = {
     "chat": "Talk with a model in the terminal.",
     "convert": "Write a Hugging Face model as an Orbax checkpoint.",
     "plan": "Say what fits on chips that are not here, and how fast it can be.",
+    "tune": "Measure which slots, chunk and page sizes suit a model on this machine, and keep them.",
 }
 # named in the contract, built later: refused by name rather than as unknown
-LATER_COMMANDS = ("batch", "score", "embed", "bench", "tune")
+LATER_COMMANDS = ("batch", "score", "embed", "bench")
 LATER_FLAGS = (*("drain-seconds", "metrics-port"),)
 
 

@@ -34,7 +34,7 @@ def build_serving(
         time.sleep(60)
     tokenizer = FakeTokenizer(has_chat_template=how != "no-template")
     return FakeEngine(
-        slots=options.max_slots,
+        slots=options.slots,
         max_queued=options.max_queued,
         tokenizer=tokenizer,
         delay=float(os.environ.get("DELAY", "0")),
@@ -49,7 +49,7 @@ def dry_run(model: str | None, options: EngineOptions, progress: Callable[[str],
     progress("reading the config")
     if os.environ.get("JAXSERVE_TEST_BUILD") == "fail":
         raise ValueError("the weights do not fit")
-    return f"{model}: {options.max_slots} slots"
+    return f"{model}: {options.slots} slots"
 
 
 names: dict[str, Any] = {"build_serving": build_serving, "model_name": model_name, "dry_run": dry_run}

@@ -43,7 +43,7 @@ def test_flag_then_environment_then_default() -> None:
     assert (arguments.engine.max_slots, arguments.server.api_key, arguments.dry_run) == (5, "-odd=key", True)
     arguments = serve("--max-slots", "7", "--no-dry-run", **environ)
     assert (arguments.engine.max_slots, arguments.dry_run) == (7, False)
-    assert serve(JAXSERVE_MAX_SLOTS="").engine.max_slots == 16
+    assert serve(JAXSERVE_MAX_SLOTS="").engine.max_slots is None
 
 
 def test_scheduling_options() -> None:
@@ -76,6 +76,14 @@ def test_the_chunk_follows_the_objective_unless_it_is_given() -> None:
     assert serve("--objective", "latency", "--prefill-chunk", "64").engine.chunk_tokens == 64
 
 
+def test_sizes_that_nobody_gave_have_defaults() -> None:
+    """What `jaxserve tune` saved comes in between: see `build.with_sizes`."""
+    nothing, given = serve().engine, serve("--max-slots", "3", "--page-size", "8", "--no-tuned").engine
+    assert (nothing.max_slots, nothing.page_size, nothing.prefill_chunk) == (None, None, None)
+    assert (nothing.slots, nothing.page_tokens, nothing.tuned) == (16, 64, True)
+    assert (given.slots, given.page_tokens, given.tuned) == (3, 8, False)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -83,7 +91,7 @@ def test_the_chunk_follows_the_objective_unless_it_is_given() -> None:
         ("dtype", "int3", "--dtype='int3' must be one of auto, bfloat16, float16, float32"),
         ("dtype", None, "--dtype=None must be one of"),
         ("objective", ["latency"], "--objective=['latency'] must be one of throughput, latency"),
-        ("max_slots", None, "--max-slots=None must be an integer"),
+        ("max_queued", None, "--max-queued=None must be an integer"),
         ("max_slots", True, "--max-slots=True must be an integer"),
         ("page_size", 64.0, "--page-size=64.0 must be an integer"),
         ("max_model_len", 1.5, "--max-model-len=1.5 must be an integer"),

@@ -159,6 +159,20 @@ def test_silence_is_death(monkeypatch: pytest.MonkeyPatch) -> None:
     ends.close()
 
 
+def test_silence_counts_from_before_it_was_watched_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that hangs just then has sent the last thing that this end waited for."""
+    monkeypatch.setattr(module, "START_SILENCE_SECONDS", 600)
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.6)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    ends = Ends(2)
+    ends.followers[0]._closing.set()  # it beats no more
+    time.sleep(0.3)
+    ends.leader.watch_closely()
+    eventually(lambda: ends.heard[0])
+    assert ends.heard[0] == ["process 1 is gone: nothing heard from it for 1 s"]
+    ends.close()
+
+
 def test_stop_and_close(ends: Ends) -> None:
     ends.followers[0].request_stop()
     eventually(lambda: ends.leader.stop_requested)

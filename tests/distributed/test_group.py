@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,22 +98,31 @@ def group(
         yield launcher
 
 
-class Stream:
-    """A long answer, read on a thread: `error` is what ended it early, `ended` when."""
+class Client:
+    """A long answer, read on a thread, in parts or at once. chunks: parts so far. error: what ended it early.
+    ended: when."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, streams: bool = True) -> None:
         self.chunks = 0
         self.error: str | None = None
         self.ended: float | None = None
-        self._url = url
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._url = f"{url}/v1/completions"
+        self._body = {
+            "model": NAME,
+            "prompt": PROMPT,
+            "max_tokens": 1900,
+            "ignore_eos": True,
+            "stream": streams,
+        }
+        self._thread = threading.Thread(target=self._ask, daemon=True)
         self._thread.start()
 
-    def _read(self) -> None:
-        body = {"model": NAME, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    def _ask(self) -> None:
         try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=600) as reply:
-                for line in reply.iter_lines():
+            with httpx.stream("POST", self._url, json=self._body, timeout=600) as reply:
+                if reply.status_code != 200:
+                    self.error = f"{reply.status_code}: {reply.read().decode()}"
+                for line in reply.iter_lines() if self.error is None else ():
                     if not line.startswith("data: {"):
                         continue
                     chunk = json.loads(line.removeprefix("data: "))
@@ -124,16 +133,39 @@ class Stream:
             self.error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
 
-    def wait(self) -> None:
+    def hears_within(self, seconds: float, since: float) -> str:
+        """The error, which must have come in time."""
         self._thread.join(120)
         assert not self._thread.is_alive(), "the client hangs"
+        assert self.error is not None and self.ended is not None, "an answer came"
+        assert self.ended - since < seconds, (self.error, self.ended - since)
+        return self.error
 
 
-def wait_for_chunks(streams: list[Stream], count: int) -> None:
-    """Until one of them has so many."""
-    while max(stream.chunks for stream in streams) < count:
-        assert all(stream.ended is None for stream in streams), [stream.error for stream in streams]
+def mid_stream(url: str) -> list[Client]:
+    """Four clients: one that reads parts and another one are served, the other two wait for a slot."""
+    clients = [Client(url)]
+    _until(lambda: clients[0].chunks >= 5, clients)
+    clients += [Client(url), Client(url, streams=False), Client(url, streams=False)]
+    _until(lambda: _requests(url) == {"running": 2, "waiting": 2}, clients)
+    return clients
+
+
+def _until(condition: Callable[[], bool], clients: list[Client]) -> None:
+    while not condition():
+        assert all(client.ended is None for client in clients), [client.error for client in clients]
         time.sleep(0.005)
+
+
+def _requests(url: str) -> dict[str, float]:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return {
+        state: sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        for state, name in (
+            ("running", "vllm:num_requests_running"),
+            ("waiting", "vllm:num_requests_waiting"),
+        )
+    }
 
 
 def test_the_same_answers_as_one_process(group: Launcher, expected: list[dict[str, Any]]) -> None:
@@ -148,19 +180,16 @@ def test_a_killed_process_ends_the_replica_and_the_next_one_serves(
 ) -> None:
     group.wait_until_ready()
     number = len(group.rounds) - 1
-    streams = [Stream(group.url) for _ in range(3)]  # two run, one waits for a slot
-    wait_for_chunks(streams, 5)
+    clients = mid_stream(group.url)
     processes = group.rounds[number].processes
     killed = time.monotonic()
     processes[-1 if victim == "last" else 0].kill()
-    for stream in streams:
-        stream.wait()
-        assert stream.error is not None and stream.ended is not None
-        assert stream.ended - killed < ERROR_SECONDS, (stream.error, stream.ended - killed)
+    for client in clients:
+        error = client.hears_within(ERROR_SECONDS, killed)
         if victim == "last":
-            assert f"process {len(processes) - 1} of {len(processes)}" in stream.error, stream.error
+            assert f"process {len(processes) - 1} of {len(processes)}" in error
     codes = group.wait_for_codes(number)
-    assert codes.count(-signal.SIGKILL) == 1 and 0 not in codes, codes
+    assert sorted(codes) == [-signal.SIGKILL, *(len(codes) - 1) * [1]], group.printed()
     group.wait_until_ready()
     assert len(group.rounds) == number + 2, group.printed()
     same(answers(group.url), expected)
@@ -172,13 +201,11 @@ def test_a_process_that_hangs_is_as_good_as_dead(
     """It keeps its connections, and says nothing."""
     with launched(tmp_path, [str(folder), *ARGUMENTS], processes=2) as group:
         group.wait_until_ready()
-        stream = Stream(group.url)
-        wait_for_chunks([stream], 5)
+        clients = mid_stream(group.url)
         hung = time.monotonic()
         group.rounds[0].processes[1].send_signal(signal.SIGSTOP)
-        stream.wait()
-        assert stream.error is not None and "nothing heard from it" in stream.error
-        assert stream.ended is not None and stream.ended - hung < ERROR_SECONDS
+        for client in clients:
+            assert "nothing heard from it" in client.hears_within(ERROR_SECONDS, hung)
         assert group.rounds[0].processes[0].wait(20) == 1
         group.rounds[0].processes[1].kill()
 
