@@ -124,8 +124,8 @@ class Part:
     """One engine among those of this process.
 
     devices: that it runs on; None: any that there are. here: engines and processes on this host, which share
-    its memory. prompts_only: it draws nothing. full_only: it has the largest decode program alone, since it is
-    only measured with all slots busy. moves: it gives its pages to others or takes theirs.
+    its memory. prompts_only: it draws nothing. full_only: it has the largest decode program alone, for being
+    measured with all slots busy. moves: it gives its pages to others or takes theirs.
     params: weights that are on devices already; they are copied. held: bytes on each device that are not free
     because of them, where what may be used follows from what is free.
     """
