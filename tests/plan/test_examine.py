@@ -313,7 +313,6 @@ def test_the_text_holds_what_is_asked_for() -> None:
 
 
 def test_the_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
     for name, where in (("Llama-3.1-8B", "v5e-8"), ("Llama-3.1-70B", "v5e-8")):
         file = tmp_path / f"{name}.png"
         shown.plot(made(name, where), file)
