@@ -35,11 +35,14 @@ def examine(
     devices: Sequence[jax.Device],
     compile: Compile | None = None,
     progress: Callable[[str], None] = lambda line: None,
+    avoid: Sequence[str] = (),
+    begun: Callable[[str], None] = lambda mesh: None,
 ) -> Report:
     """`config` is config.json's object, `devices` the slice's, as its compiler has them.
 
     Compiles nothing where arithmetic says already that it does not fit. compile: in place of the compiler.
-    Raises ValueError naming what is wrong with the config or the options.
+    avoid: meshes that are not to be chosen. begun: hears which mesh is compiled for.
+    Raises ValueError naming what is wrong with the config or the options, and where no mesh is left.
     """
     read = models.config_from_hf(config)
     dtype = (read.dtype or "float32") if options.dtype == "auto" else options.dtype
@@ -50,7 +53,10 @@ def examine(
     found = [
         candidate(model, shape, devices, limit, options) for shape in meshes(read, where.chips, options.mesh)
     ]
-    chosen = best(found, chip, options)
+    left = [one for one in found if str(one.mesh) not in avoid]
+    if not left:
+        raise ValueError(f"{name} on {where}: no mesh is left beside {'; '.join(avoid)}")
+    chosen = best(left, chip, options)
     report: Report = {
         "fits": chosen.fits,
         "reason": chosen.reason,
@@ -74,10 +80,12 @@ def examine(
         "options": dataclasses.asdict(options),
         "jax": jax.__version__,
         "meshes": [_mesh_row(one, chip, options) for one in found],
+        "passed_over": [],
         "compiled": None,
     }
     temporaries = None
     if chosen.fits:
+        begun(str(chosen.mesh))
         progress(f"{name} on {where}: compiling for mesh {chosen.mesh}, {chosen.slots} slots a replica")
         compile = compile or (lambda model, chosen: compile_for(model, chosen, devices, options, progress))
         try:

@@ -20,6 +20,8 @@ def text(report: Report) -> str:
     ]
     if report["fits"]:
         lines.append(f"fits, with --mesh {mesh_text(report['mesh'])}")
+        for one in report["passed_over"]:
+            lines.append(f"(not with {one['mesh']}: {one['why']})")
     else:
         lines.append(f"does not fit: {report['reason']}")
         if where["taken_by_runtime"] < where["memory"]:

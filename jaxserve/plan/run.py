@@ -16,6 +16,7 @@ from pallas_kernels.targets import TARGETS
 from sharding.topology import KINDS, Slice
 
 Report = dict[str, Any]
+MOST_PASSED_OVER = 3  # meshes that a compiler may die over before the plan is given up
 
 
 class CompilerMissing(Exception):
@@ -24,7 +25,12 @@ class CompilerMissing(Exception):
 
 
 class CompilerFailed(Exception):
-    """The compiler, or the process that runs it, ended without a report; the message says how."""
+    """The compiler, or the process that runs it, ended without a report; the message says how. mesh: that it
+    compiled for, if it came so far."""
+
+    def __init__(self, message: str, mesh: str | None = None) -> None:
+        super().__init__(message)
+        self.mesh = mesh
 
 
 def check_slice(where: Slice) -> None:
@@ -45,21 +51,40 @@ def plan(
 ) -> Report:
     """The report of `jaxserve.plan.examine`, from a process of its own. config: config.json's object.
 
+    Where the compiler itself dies over the best mesh, the next best is taken, if no mesh was asked for:
+    `serve` could not use the former. It and the compiler's words are under `passed_over`.
     Raises CompilerMissing, CompilerFailed, and ValueError for what cannot be planned.
     """
     check_slice(where)
     if lines := aot.missing([where.chip]):
         raise CompilerMissing("; ".join(lines))
-    request = {
-        "config": dict(config),
-        "name": name,
-        "chips": str(where),
-        "options": dataclasses.asdict(options),
-    }
+    passed_over: list[dict[str, str]] = []
+    while True:
+        request = {
+            "config": dict(config),
+            "name": name,
+            "chips": str(where),
+            "options": dataclasses.asdict(options),
+            "avoid": [one["mesh"] for one in passed_over],
+        }
+        try:
+            report = _ask(request, where, progress)
+        except CompilerFailed as failure:
+            if failure.mesh is None or options.mesh is not None or len(passed_over) == MOST_PASSED_OVER:
+                raise
+            passed_over.append({"mesh": failure.mesh, "why": str(failure)})
+            progress(f"{name} on {where}: mesh {failure.mesh} is passed over: {failure}")
+        else:
+            return report | {"passed_over": passed_over}
+
+
+def _ask(request: Report, where: Slice, progress: Callable[[str], None]) -> Report:
+    """One process's report. Raises CompilerFailed where it ends without one, ValueError with what it says."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(aot.ROOT)}
     environment.pop("XLA_FLAGS", None)  # of the host's backend, which computes nothing here
     report: Report | None = None
     error: str | None = None
+    mesh: str | None = None
     with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryFile("w+") as asked:
         json.dump(request, asked)
         asked.seek(0)
@@ -77,12 +102,21 @@ def plan(
                     progress(said["progress"])
                 elif isinstance(said, dict):
                     report, error = said.get("report", report), said.get("error", error)
+                    mesh = said.get("begun", mesh)
             code = process.wait()
         if code or (report is None and error is None):
             log.seek(0)
-            last = " | ".join(log.read().strip().splitlines()[-5:])
-            raise CompilerFailed(f"the compiler's process for {where} exited with {code}: {last}")
+            raise CompilerFailed(
+                f"the compiler's process for {where} exited with {code}: {_last_words(log.read())}", mesh
+            )
     if error is not None:
         raise ValueError(error)
     assert report is not None
     return report
+
+
+def _last_words(log: str) -> str:
+    """What a process died of: the failed check of a compiler written in C++, else its last lines."""
+    lines = log.strip().splitlines()
+    checks = [line.partition("] ")[2] for line in lines if "Check failed:" in line]
+    return checks[0] if checks else " | ".join(lines[-5:])

@@ -2,7 +2,7 @@
 
     python -m jaxserve.plan.worker < REQUEST
 
-Reads one request as JSON, and prints lines of JSON: {"progress": text}, and at the end {"report": …} or
+Reads one request as JSON, and prints lines of JSON: {"progress": text}, {"begun": mesh}, and at the end {"report": …} or
 {"error": text} where the request cannot be planned.
 """
 
@@ -35,6 +35,8 @@ def main() -> None:
             PlanOptions(**request["options"]),
             devices,
             progress=lambda line: put(progress=line),
+            avoid=request["avoid"],
+            begun=lambda mesh: put(begun=mesh),
         )
     except ValueError as error:
         put(error=str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def analysis(chosen: Candidate, temporaries: int = TEMPORARIES) -> Analysis:
     return Analysis(programs, chosen.needed + temporaries, {"decode attention": "tpu"})
 
 
-def made(name: str, where: str, temporaries: int = TEMPORARIES, **options: Any) -> dict[str, Any]:
+def made(
+    name: str, where: str, temporaries: int = TEMPORARIES, avoid: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
     return examine(
         MODELS[name],
         name,
@@ -59,6 +62,7 @@ def made(name: str, where: str, temporaries: int = TEMPORARIES, **options: Any) 
         PlanOptions(**options),
         jax.devices(),
         compile=lambda model, chosen: analysis(chosen, temporaries),
+        avoid=avoid,
     )
 
 
