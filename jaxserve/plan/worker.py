@@ -2,8 +2,8 @@
 
     python -m jaxserve.plan.worker < REQUEST
 
-Reads one request as JSON, and prints lines of JSON: {"progress": text}, {"begun": mesh}, and at the end {"report": …} or
-{"error": text} where the request cannot be planned.
+Reads one request as JSON, and prints lines of JSON: {"progress": text}, {"begun": mesh}, and at the end
+{"report": …} or {"error": text} where the request cannot be planned.
 """
 
 from __future__ import annotations
