@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.plan_table import MODELS
 from jaxserve import models
@@ -23,7 +25,7 @@ from jaxserve.plan.choose import Candidate, candidate, full, meshes, point
 from jaxserve.plan.compiled import Analysis, Compiled
 from jaxserve.plan.examine import examine
 from jaxserve.plan.options import PlanOptions
-from jaxserve.plan.sizes import parameters, sizes
+from jaxserve.plan.sizes import _laid_out, parameters, sizes
 from jaxserve.weights import abstract_params, layout_for
 from sharding import MeshShape, make_mesh
 from sharding.topology import parse_slice
@@ -94,6 +96,20 @@ def test_sizes_are_those_of_the_engines_own_tree(name: str, shape: MeshShape) ->
     part = size.part
     assert part.layers + part.head + part.experts + embedding == size.weights
     assert part.kv * model.config.num_layers * 64 == size.page
+
+
+def test_a_tpus_tiles_are_filled_up() -> None:
+    """By hand: experts of 96 columns, whose last two axes lie the other way round, take 128."""
+    mesh = make_mesh(MeshShape(tensor=2))
+    spec = NamedSharding(mesh, PartitionSpec(None, ("tensor", "tensor_copy"), None))
+    transposed = Format(Layout((0, 2, 1)), spec)
+    experts = jax.ShapeDtypeStruct((4, 192, 256), jnp.bfloat16, sharding=transposed)
+    assert _laid_out(experts, "tpu") == 4 * 256 * 128 * 2
+    assert _laid_out(experts, "gpu") == 4 * 256 * 96 * 2
+    plain = jax.ShapeDtypeStruct((4, 192, 256), jnp.bfloat16, sharding=spec)
+    assert _laid_out(plain, "tpu") == 4 * 96 * 256 * 2
+    narrow = jax.ShapeDtypeStruct((20, 100), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert _laid_out(narrow, "tpu") == 24 * 128 * 4 and _laid_out(narrow, "cpu") == 20 * 100 * 4
 
 
 def test_published_sizes() -> None:
