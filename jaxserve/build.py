@@ -69,6 +69,7 @@ from sharding.distributed import Group
 
 Progress = Callable[[str], None]
 EMBEDDED_NAME = "jaxserve-embedded"
+FEWER = 0.85  # of the pages, where the compiler itself says that there are too many
 MAX_FLAT_PAGES = 2**31 - 2  # layer x pages + page is an int32 index
 
 
@@ -238,8 +239,17 @@ def plan_engine(
     pages = min(pages, MAX_FLAT_PAGES // loaded.config.num_layers) if options.kv_pages is None else pages
     if pages * each + fixed > limit:  # no need to compile anything to see that
         raise ValueError(_too_small(options, pages, pages_per_slot, each, fixed, limit))
-    state, programs = programs_for(pages)
-    programs.compile(programs.largest(), threads=os.cpu_count() or 1, progress=progress)
+    while True:
+        state, programs = programs_for(pages)
+        try:
+            programs.compile(programs.largest(), threads=os.cpu_count() or 1, progress=progress)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            fewer = int(pages * FEWER)
+            if not is_exhausted(error) or options.kv_pages is not None or fewer < pages_per_slot:
+                raise
+            progress(f"the compiler finds no room beside {pages} pages; with {fewer} now")
+            pages = fewer
     if (needed := programs.needed()) > limit:
         other = needed - pages * each
         fitting = (limit - other) // each
@@ -314,6 +324,11 @@ def tuned_for(loaded: Loaded, mesh: Mesh) -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.version.__version__,
     }
+
+
+def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether a compiler found that a program has no room on the device."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _agree(group: Group, loaded: Loaded, options: EngineOptions, mesh: Mesh) -> int:
@@ -526,18 +541,25 @@ def build_serving(
     return CachingEngine(engine, ResponseCache(cache_file(), options.response_cache * 2**20, progress))
 
 
-def build_replicas(model: str | None, options: EngineOptions, progress: Progress) -> Replicas:
-    """An engine for each replica along the mesh's data axis, each on its own devices, and `prefill_replicas`
-    more that only compute prompts; behind one queue. Raises ValueError where the devices do not suffice."""
+def _replicas(options: EngineOptions) -> MeshShape:
+    """The mesh of several engines. Raises ValueError where they cannot be."""
     shape = MeshShape() if options.mesh is None else parse_mesh(options.mesh)
     if options.prefill_replicas and not options.prefix_cache:
         raise ValueError("--prefill-replicas needs the prefix cache, through which the pages arrive")
-    count, each, devices = shape.data + options.prefill_replicas, shape.replica, jax.devices()
-    if count * each > len(devices):
+    needed, there = (shape.data + options.prefill_replicas) * shape.replica, len(jax.devices())
+    if needed > there:
         raise ValueError(
-            f"{shape.data} replicas (--mesh data) and --prefill-replicas={options.prefill_replicas} on {each}"
-            f" devices each need {count * each}; there are {len(devices)}"
+            f"{shape.data} replicas (--mesh data) and --prefill-replicas={options.prefill_replicas} on"
+            f" {shape.replica} devices each need {needed}; there are {there}"
         )
+    return shape
+
+
+def build_replicas(model: str | None, options: EngineOptions, progress: Progress) -> Replicas:
+    """An engine for each replica along the mesh's data axis, each on its own devices, and `prefill_replicas`
+    more that only compute prompts; behind one queue. Raises ValueError where the devices do not suffice."""
+    shape = _replicas(options)
+    count, each, devices = shape.data + options.prefill_replicas, shape.replica, jax.devices()
     own = dataclasses.replace(
         options,
         mesh=str(dataclasses.replace(shape, data=1)),
@@ -641,6 +663,8 @@ def dry_run(model: str | None, options: EngineOptions, progress: Progress = lamb
     enable_compilation_cache(progress)
     asked = None if options.mesh is None else parse_mesh(options.mesh)
     replicas, others = 1 if asked is None else asked.data, options.prefill_replicas
+    if replicas > 1 or others:
+        asked = _replicas(options)
     if asked is not None:
         options = dataclasses.replace(options, mesh=str(dataclasses.replace(asked, data=1)))
     plan = plan_engine(model, options, progress, part=Part(here=replicas + others, moves=others > 0))

@@ -137,7 +137,9 @@ class Disaggregated:
         self._computing: dict[str, tuple[Request, Sink]] = {}  # those whose prompt is computed elsewhere
         self._cancelled: set[str] = set()  # of these
         self._moved_pages = 0
-        self._moved_tokens = 0  # that were computed elsewhere for requests that came here then
+        self._moved_tokens = 0  # that were found here, and had been computed elsewhere for the request
+        self._arriving: dict[str, int] = {}  # of requests that came and drew nothing yet: so many at most
+        self._hits = 0
         for other in prompts.engines:  # what copying from there to here takes is compiled now
             engine.bring(other.copy_pages([])).block_until_ready()
 
@@ -204,11 +206,13 @@ class Disaggregated:
         stats = self.engine.stats() | self.facts
         with self._lock:
             here = [request for request, _ in self._computing.values()]
+            # between its look-up and its first token a request's pages from elsewhere still count as hits
+            hits = stats["prefix_hit_tokens"] - self._moved_tokens - sum(self._arriving.values())
+            stats["prefix_hit_tokens"] = self._hits = max(self._hits, hits)
         for request in here:
             stats["waiting"] += request.params.sequences
             stats[f"waiting_{request.tier}"] += request.params.sequences
             stats["waiting_tokens"] += len(request.prompt_token_ids)
-        stats["prefix_hit_tokens"] = max(0, stats["prefix_hit_tokens"] - self._moved_tokens)
         stats["moved_pages_total"] = self._moved_pages
         return stats
 
@@ -249,19 +253,26 @@ class Disaggregated:
             if not cancelled and output.finish_reason is Finish.LENGTH:
                 cached = output.cached_tokens
                 whole = (len(request.prompt_token_ids) - 1) // self._page_size * self._page_size
-                self._moved_tokens += whole - cached
+                self._arriving[name] = whole - cached
                 try:
-                    self.engine.submit((request, functools.partial(_heard, sink, cached)))
+                    self.engine.submit((request, functools.partial(self._heard, sink, cached)))
                     return
                 except RuntimeError as refusal:
+                    del self._arriving[name]
                     output.error = str(refusal)
         reason = Finish.TIMEOUT if output.finish_reason is Finish.TIMEOUT else Finish.ABORT
         for index in range(request.params.sequences):
             with contextlib.suppress(Exception):  # a sink that raises must not silence the next one
                 sink(Output(name, index, finish_reason=reason, error=output.error))
 
+    # -- on the engine's thread ------------------------------------------------------------------------
 
-def _heard(sink: Sink, cached: int, output: Output) -> None:
-    """What was computed for this very request elsewhere did not come from a cache."""
-    output.cached_tokens = min(output.cached_tokens, cached)
-    sink(output)
+    def _heard(self, sink: Sink, cached: int, output: Output) -> None:
+        """What was computed for this very request elsewhere did not come from a cache; what its other
+        sequences share did, as anywhere."""
+        with self._lock:
+            self._arriving.pop(output.request_id, None)
+            if output.index == 0 and output.cached_tokens > cached:
+                self._moved_tokens += output.cached_tokens - cached
+                output.cached_tokens = cached
+        sink(output)

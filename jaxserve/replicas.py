@@ -26,6 +26,7 @@ from jaxserve.scheduler.placement import Placement
 from jaxserve.scheduler.preemption import promoted, rank_of
 from jaxserve.scheduler.types import Finish, Limits, Request, Tier
 
+MOST_SECONDS = 3600.0  # that the thread for deadlines waits at a time
 AHEAD = 2  # sequences that a replica has waiting, so that a slot that becomes free is filled at once
 AGING_SECONDS, BATCH_PATIENCE = 10.0, 600.0  # as the scheduler's
 # of several engines' stats these are everybody's own, not a sum
@@ -56,11 +57,14 @@ class Replicas:
         first = engines[0]
         self.engines = list(engines)
         self.facts = {**first.facts, "replicas": len(engines)}
-        self.facts |= {name: sum(e.facts[name] for e in engines) for name in ("slots", "pages_total")}
+        summed = [n for n in ("slots", "pages_total", "warmup_tokens_per_second") if n in first.facts]
+        self.facts |= {name: sum(e.facts[name] for e in engines) for name in summed}
         self._slots = int(first.facts["slots"])
         self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
         self._clock = clock
         self._lock = threading.RLock()  # an engine's sink may be called while it is held, at `close`
+        self._wake = threading.Condition(self._lock)  # of the thread that waits for the next deadline
+        self._timer: threading.Thread | None = None
         self._placement = Placement(
             len(engines),
             pages=int(first.facts["pages_total"]),
@@ -152,13 +156,33 @@ class Replicas:
     def start(self) -> None:
         for engine in self.engines:
             engine.start()
+        if self._timer is None:
+            self._timer = threading.Thread(target=self._watch, name="jaxserve-replicas", daemon=True)
+            self._timer.start()
 
     def close(self) -> None:
         with self._lock:
             self._closing = True
             self._end_held(Finish.ABORT)
+            self._wake.notify()
         for engine in self.engines:
             engine.close()
+        if self._timer is not None and self._timer is not threading.current_thread():
+            self._timer.join()
+
+    def _watch(self) -> None:
+        """What time alone brings: deadlines of requests that wait here, and batch work whose patience is over.
+        The rest comes with requests and their ends."""
+        with self._lock:
+            while not self._closing:
+                times = [entry[0] for entry in [self._deadlines.first()] if entry is not None]
+                if self._promoted is None and (entry := self._since.first()) is not None:
+                    times.append(entry[0] + BATCH_PATIENCE)
+                left = min(times) - self._clock() if times else None
+                if left is None or left > 0:
+                    self._wake.wait(None if left is None else min(left, MOST_SECONDS))
+                else:
+                    self._give()
 
     # -- under the lock --------------------------------------------------------------------------------
 
@@ -172,6 +196,7 @@ class Replicas:
             self._since.push(request.arrival_time, request.request_id)
         if request.deadline is not None:
             self._deadlines.push(request.deadline, request.request_id)
+        self._wake.notify()
 
     def _take(self, request_id: str) -> tuple[Request, Sink]:
         for heap in (*self._waiting.values(), self._since, self._deadlines):

@@ -14,6 +14,7 @@ import contextlib
 import enum
 import hmac
 import json
+import math
 import queue
 import select
 import socket
@@ -67,34 +68,37 @@ class _Link:
         finally:
             self._lock.release()
 
-    def receive(self, silence: Callable[[], float], limit: int = MAX_FRAME) -> tuple[Kind, bytes]:
+    def receive(
+        self, silence: Callable[[], float], limit: int = MAX_FRAME, deadline: float = math.inf
+    ) -> tuple[Kind, bytes]:
         """silence: the seconds without a byte after which the peer is gone, asked again while waiting.
+        deadline: when the whole frame must be there, by `time.monotonic`.
 
         Raises OSError where the peer is gone, ValueError for no frame.
         """
         self._socket.settimeout(silence())
-        kind, length = _HEADER.unpack(self._read(_HEADER.size, silence))
+        kind, length = _HEADER.unpack(self._read(_HEADER.size, silence, deadline))
         if length > limit:
             raise ValueError(f"a frame of {length} bytes")
-        return Kind(kind), self._read(length, silence)
+        return Kind(kind), self._read(length, silence, deadline)
 
-    def _read(self, length: int, silence: Callable[[], float]) -> bytes:
+    def _read(self, length: int, silence: Callable[[], float], deadline: float) -> bytes:
         data = bytearray(length)
         view = memoryview(data)
         while view:
-            self._wait(silence)
+            self._wait(silence, deadline)
             count = self._socket.recv_into(view)
             if not count:
                 raise ConnectionResetError("its connection ended")
             view = view[count:]
         return bytes(data)
 
-    def _wait(self, silence: Callable[[], float]) -> None:
+    def _wait(self, silence: Callable[[], float], deadline: float) -> None:
         """Until something came, or the end. A timeout of the socket's would stay what it was at the start."""
         begin = time.monotonic()
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        while (left := begin + silence() - time.monotonic()) > 0:
+        while (left := min(begin + silence(), deadline) - time.monotonic()) > 0:
             if poll.poll(1e3 * min(left, BEAT_SECONDS)):
                 return
         raise TimeoutError(f"nothing heard from it for {silence():.0f} s")
@@ -150,9 +154,8 @@ class Channel:
         links: dict[int, _Link] = {}
         deadline = time.monotonic() + seconds
         while len(links) < processes - 1:
-            listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                connection, _ = listener.accept()
+                connection = _accept(listener, deadline)
             except TimeoutError:
                 for link in links.values():
                     link.close()
@@ -160,7 +163,7 @@ class Channel:
                 raise ChannelError(f"no connection from process {missing} within {seconds:.0f} s") from None
             link = _Link(connection, "a stranger")
             try:
-                process, peer = _greeting(link, token)
+                process, peer = _greeting(link, token, deadline)
                 if process in links or not 0 < process < processes:
                     raise ValueError(f"{process=}")
             except (OSError, ValueError):  # a port scanner, or a process of another group
@@ -295,9 +298,20 @@ class Channel:
                 link.send(Kind.FAIL, reason.encode()[:MAX_HELLO], patience=FAREWELL_SECONDS)
 
 
-def _greeting(link: _Link, token: str) -> tuple[int, str]:
-    """(process, its name) of one that knows the token; OSError or ValueError for anybody else."""
-    kind, payload = link.receive(lambda: HELLO_SECONDS, MAX_HELLO)
+def _accept(listener: socket.socket, deadline: float) -> socket.socket:
+    """The next connection. Raises TimeoutError from the deadline on, even while more of them wait."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    listener.settimeout(left)
+    return listener.accept()[0]
+
+
+def _greeting(link: _Link, token: str, deadline: float) -> tuple[int, str]:
+    """(process, its name) of one that knows the token; OSError or ValueError for anybody else, or for one
+    that has not said all of it after HELLO_SECONDS or at the deadline."""
+    deadline = min(deadline, time.monotonic() + HELLO_SECONDS)
+    kind, payload = link.receive(lambda: HELLO_SECONDS, MAX_HELLO, deadline)
     try:
         hello = json.loads(payload)
         known = hmac.compare_digest(str(hello["token"]).encode(), token.encode())

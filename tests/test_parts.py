@@ -18,7 +18,7 @@ from jaxserve import build
 from jaxserve.config import EngineOptions
 from jaxserve.disaggregated import Disaggregated
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.outputs import Output
+from jaxserve.engine.outputs import Output, TokenLogprob
 from jaxserve.replicas import Replicas
 from jaxserve.scheduler.types import Finish, SamplingParams, check_request
 from tests import tiny
@@ -82,6 +82,27 @@ class Reply:
         assert self.finishes() <= {Finish.LENGTH, Finish.STOP}, self.outputs
         return [token for output in self.outputs if output.index == index for token in output.token_ids]
 
+    def logprobs(self) -> list[TokenLogprob]:
+        self.finishes()
+        return [entry for output in self.outputs for entry in output.logprobs or ()]
+
+
+def same_answers(
+    ours: Client, theirs: Client, prompts: list[Any], tolerance: float = 1e-5
+) -> list[list[int]]:
+    """The greedy tokens. The five likeliest at each step are the same ones, their logprobs and the drawn
+    token's within the tolerance."""
+    replies = [[one.send(prompt, logprobs=5) for prompt in prompts] for one in (ours, theirs)]
+    tokens = [[reply.tokens() for reply in asked] for asked in replies]
+    assert tokens[0] == tokens[1]
+    for first, second in zip(*replies, strict=True):
+        assert len(first.logprobs()) == len(first.tokens())
+        for a, b in zip(first.logprobs(), second.logprobs(), strict=True):
+            assert [token for token, _ in a.top] == [token for token, _ in b.top] and len(a.top) == 5
+            values = [[one.logprob, *(value for _, value in one.top)] for one in (a, b)]
+            np.testing.assert_allclose(*values, rtol=0, atol=tolerance)
+    return tokens[0]
+
 
 def engines(replicas: Replicas) -> list[Engine]:
     """All of them, those that compute prompts last."""
@@ -137,7 +158,7 @@ def test_replicas_answer_as_one_engine(folder: Path, expected: Client, mesh: str
         size = 2 if "tensor" in mesh else 1
         assert [len(place) for place in places] == [size, size] and not places[0] & places[1]
         replicas.start()
-        assert Client(replicas).all(PROMPTS) == expected.all(PROMPTS)
+        same_answers(Client(replicas), expected, PROMPTS)
         stats = replicas.stats()
         assert min(stats["replica_requests"]) > 0 and sum(stats["replica_requests"]) == len(PROMPTS)
         assert stats["slots"] == 8 and stats["replicas"] == 2
@@ -166,8 +187,9 @@ def test_replicas_share_no_weights_but_their_values(folder: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build.build_serving(str(folder), options(**changes))
+    for start in (build.build_serving, build.dry_run):
+        with pytest.raises(ValueError, match=message):
+            start(str(folder), options(**changes))
 
 
 def test_a_dry_run_says_how_many(folder: Path) -> None:
@@ -210,13 +232,30 @@ def test_who_draws_computes_the_last_page_only(apart: Client) -> None:
     assert sum(output.cached_tokens for output in again.outputs) == found
 
 
-def test_hits_are_counted_once(apart: Client) -> None:
+def test_hits_are_counted_once_and_never_taken_back(apart: Client) -> None:
     before = apart.engine.stats()
-    fresh = np.random.default_rng(1).integers(0, tiny.VOCAB, 200)
-    apart.send(fresh).finishes()
+    rng = np.random.default_rng(1)
+    replies = [apart.send(rng.integers(0, tiny.VOCAB, 200)) for _ in range(8)]
+    seen = [before["prefix_hit_tokens"]]
+    while not all(any(o.finish_reason for o in reply.outputs) for reply in replies):
+        seen.append(apart.engine.stats()["prefix_hit_tokens"])
+    assert seen == sorted(seen)
     after = apart.engine.stats()
     assert after["prefix_hit_tokens"] == before["prefix_hit_tokens"]
-    assert after["prefix_queries_tokens"] == before["prefix_queries_tokens"] + 200
+    assert after["prefix_queries_tokens"] == before["prefix_queries_tokens"] + 8 * 200
+
+
+def test_who_waits_for_a_replica_ends_at_its_deadline(apart: Client) -> None:
+    """Though nothing else comes or ends."""
+    rng = np.random.default_rng(5)
+    busy = [apart.send(rng.integers(0, tiny.VOCAB, 8), max_tokens=240) for _ in range(12)]  # all room
+    begin = time.monotonic()
+    late = apart.send([1, 2, 3], deadline=begin + 0.02)
+    assert late.finishes() == {Finish.TIMEOUT}
+    assert not any(o.finish_reason for reply in busy for o in reply.outputs)
+    for reply in busy:
+        apart.engine.abort(reply.name)
+        reply.finishes()
 
 
 def test_prompt_logprobs_come_from_where_it_draws(apart: Client, expected: Client) -> None:

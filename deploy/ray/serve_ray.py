@@ -31,6 +31,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from jaxserve.server.body import read_body
+from jaxserve.server.errors import ApiError, error_response
+from jaxserve.server.stream import ClientLeft
+
 HEALTH_SECONDS = 1.0  # between two looks at a replica; Serve gives it up after the third that fails
 HOP_BY_HOP = {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
 
@@ -119,8 +123,14 @@ class Replica:
         session = await self._client()
         target = f"{self._url}{request.url.path}" + (f"?{request.url.query}" if request.url.query else "")
         try:
+            body = await read_body(request.scope, request.receive)
+        except ApiError as error:  # process 0 would refuse it too
+            return error_response(error)
+        except ClientLeft:
+            return Response(status_code=499)  # nobody reads it
+        try:
             reply = await session.request(
-                request.method, target, headers=headers, data=await request.body(), allow_redirects=False
+                request.method, target, headers=headers, data=body, allow_redirects=False
             )
         except aiohttp.ClientError as error:
             return JSONResponse(_error(f"the replica died: {error}"), status_code=502)

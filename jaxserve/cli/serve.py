@@ -39,7 +39,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
     place = arguments.group.place()
     if arguments.dry_run:
         if place is not None:
-            wrong_use("--dry-run says what one process would do; `jaxserve plan` is for more than one host")
+            wrong_use("--dry-run says what one process would do, and these flags start one of several")
         return dry_run(arguments)
     try:
         auth.load_keys(arguments.server)

@@ -172,6 +172,20 @@ def _slots(options: PlanOptions, requests: int, pages_per_slot: int, platform: s
     return max(slots, 1), bound
 
 
+def least_pages(found: Candidate, options: PlanOptions) -> int:
+    """That a replica's pool must have: for one sequence of --max-model-len, or one request."""
+    wanted = found.max_model_len if options.max_model_len else options.request_tokens
+    return -(-wanted // found.page_size)
+
+
+def with_pages(found: Candidate, pages: int, options: PlanOptions) -> Candidate:
+    """With a smaller pool."""
+    longest = min(found.max_model_len, pages * found.page_size)
+    fewer = dataclasses.replace(found, pages=pages, max_model_len=longest)
+    bound = "the pool" if full(fewer, options) < full(found, options) else found.slots_bound
+    return dataclasses.replace(fewer, slots_bound=bound)
+
+
 def full(found: Candidate, options: PlanOptions) -> int:
     """Requests that run together at their full length, in all replicas."""
     one = -(-options.request_tokens // found.page_size)

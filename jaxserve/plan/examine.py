@@ -10,10 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve import models
+from jaxserve.build import FEWER, is_exhausted
 from jaxserve.models.config import context_limit
 from jaxserve.models.decoder import Decoder
 from jaxserve.plan.chips import Chip, chips
-from jaxserve.plan.choose import Candidate, best, candidate, full, meshes, point
+from jaxserve.plan.choose import (
+    Candidate,
+    best,
+    candidate,
+    full,
+    least_pages,
+    meshes,
+    point,
+    with_pages,
+)
 from jaxserve.plan.compiled import Analysis, compile_for
 from jaxserve.plan.options import PlanOptions
 from jaxserve.plan.roofline import packed
@@ -89,9 +99,9 @@ def examine(
         progress(f"{name} on {where}: compiling for mesh {chosen.mesh}, {chosen.slots} slots a replica")
         compile = compile or (lambda model, chosen: compile_for(model, chosen, devices, options, progress))
         try:
-            analysis = compile(model, chosen)
+            chosen, analysis = _compile(compile, model, chosen, options, progress)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_exhausted(error):
                 raise
             refusal = f"the compiler: {str(error).splitlines()[0]}"
             report |= {"fits": False, "reason": refusal, "missing_bytes": None}
@@ -100,6 +110,9 @@ def examine(
             temporaries = analysis.needed - chosen.needed
             chosen = with_what_is_left(chosen, temporaries, options)
             report |= {"fits": chosen.fits, "reason": chosen.reason, "missing_bytes": chosen.missing}
+            report["meshes"] = [
+                _mesh_row(chosen if one.mesh == chosen.mesh else one, chip, options) for one in found
+            ]
     report["mesh"] = dataclasses.asdict(chosen.mesh)
     report["bytes"] = _bytes(chosen, temporaries)
     if report["fits"]:
@@ -107,17 +120,34 @@ def examine(
     return report
 
 
+def _compile(
+    compile: Compile,
+    model: Decoder,
+    chosen: Candidate,
+    options: PlanOptions,
+    progress: Callable[[str], None],
+) -> tuple[Candidate, Analysis]:
+    """What was compiled, and for which pool: as the engine does, a smaller one where the compiler itself
+    finds no room. Raises its error where the smallest that is wanted has none."""
+    while True:
+        try:
+            return chosen, compile(model, chosen)
+        except jax.errors.JaxRuntimeError as error:
+            pages = int(chosen.pages * FEWER)
+            if not is_exhausted(error) or pages < least_pages(chosen, options):
+                raise
+            progress(f"the compiler finds no room beside {chosen.pages} pages; with {pages} now")
+            chosen = with_pages(chosen, pages, options)
+
+
 def with_what_is_left(chosen: Candidate, temporaries: int, options: PlanOptions) -> Candidate:
     """With as many pages as the compiled programs' own memory leaves room for, if there were too many."""
     over = chosen.needed + temporaries - chosen.limit
     if over <= 0:
         return chosen
-    pages = chosen.pages - -(-over // chosen.sizes.page)
-    wanted = chosen.max_model_len if options.max_model_len else options.request_tokens
-    least = -(-wanted // chosen.page_size)
+    pages, least = chosen.pages - -(-over // chosen.sizes.page), least_pages(chosen, options)
     if pages >= least:
-        longest = min(chosen.max_model_len, pages * chosen.page_size)
-        return dataclasses.replace(chosen, pages=pages, max_model_len=longest)
+        return with_pages(chosen, pages, options)
     missing = (least - pages) * chosen.sizes.page
     reason = (
         f"weights, state, programs and {least * chosen.page_size} tokens of KV cache take"

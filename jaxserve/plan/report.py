@@ -84,9 +84,12 @@ def _holds(report: Report) -> list[str]:
     replicas = f", {pool['replicas']} replicas of {slots['of_a_replica']}" if pool["replicas"] > 1 else ""
     contexts = ", ".join(f"{one['slots']} x {one['tokens']:,}" for one in report["contexts"])
     by = "pool" if report["max_model_len"] < report["model"]["context"] else "model or --max-model-len"
+    ask = (
+        "" if report["options"]["max_slots"] is not None else f" (serve --max-slots {slots['of_a_replica']})"
+    )
     return [
         f"pool of {pool['tokens']:,} tokens; {slots['full']} slots at their full length{replicas}, bound by"
-        f" {slots['bound']}",
+        f" {slots['bound']}{ask}",
         f"slots x longest context: {contexts} (at most {report['max_model_len']:,}, by the {by})",
     ]
 

@@ -119,6 +119,51 @@ def test_a_wrong_token_is_not_let_in() -> None:
     intruder.close()
 
 
+class Dripping(threading.Thread):
+    """A stranger that sends a byte of its greeting at a time, 2 s long, unless it is `sent_away` before."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.sent_away = False
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self.start()
+
+    def run(self) -> None:
+        with self._socket:
+            try:
+                for byte in module._HEADER.pack(Kind.HELLO, 4000) + b"{" * 35:
+                    self._socket.send(bytes([byte]))
+                    time.sleep(0.05)
+            except OSError:
+                self.sent_away = True
+
+
+def test_one_that_speaks_slowly_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELLO_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        stranger = Dripping(port)
+        own = {"token": TOKEN, "seconds": 10, "on_failure": print}
+        follower = Channel.connect("127.0.0.1", port, 1, name="process 1", leader="process 0", **own)
+        leader = Channel.listen(listener, 2, name="process 0", **own)
+    stranger.join()
+    leader._closing.set()
+    follower.close()
+    leader.close()
+    assert stranger.sent_away
+
+
+def test_one_that_speaks_slowly_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its greeting has more time than `listen` has left."""
+    monkeypatch.setattr(module, "HELLO_SECONDS", 600)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stranger = Dripping(listener.getsockname()[1])
+        with pytest.raises(ChannelError, match=r"no connection from process \[1\] within"):
+            Channel.listen(listener, 2, token=TOKEN, name="process 0", seconds=0.3, on_failure=print)
+    stranger.join()
+    assert stranger.sent_away
+
+
 def test_one_that_dies_ends_the_group_and_everyone_hears_who(ends: Ends) -> None:
     ends.followers[0]._links[0].close()  # as the kernel does for a process that is killed
     eventually(lambda: ends.heard[0] and ends.heard[2])

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.plan_table import MODELS
 from jaxserve import models
+from jaxserve.build import FEWER
 from jaxserve.engine.programs import Memory, device_bytes
 from jaxserve.engine.state import StateShape, abstract_state
 from jaxserve.models.decoder import Decoder
@@ -225,6 +226,26 @@ def test_what_the_compiler_itself_refuses() -> None:
     assert not report["fits"]
     assert report["reason"] == "the compiler: RESOURCE_EXHAUSTED: Ran out of memory on HBM"
     assert "does not fit" in shown.text(report)
+
+
+def test_a_compiler_without_room_gets_a_smaller_pool() -> None:
+    """As the engine does it, and the rows of the report agree with what was found in the end."""
+    pages: list[int] = []
+
+    def refuse_twice(model: Decoder, chosen: Candidate) -> Analysis:
+        pages.append(chosen.pages)
+        if len(pages) < 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM\nmore")
+        return analysis(chosen, 10**8)
+
+    where = parse_slice("h100-1")
+    report = examine(MODELS["Llama-3.1-8B"], "8b", where, PlanOptions(), jax.devices(), refuse_twice)
+    assert report["fits"] and pages == [pages[0], int(pages[0] * FEWER), int(int(pages[0] * FEWER) * FEWER)]
+    assert report["pool"]["pages"] <= pages[-1]
+    (row,) = [one for one in report["meshes"] if one["mesh"] == shown.mesh_text(report["mesh"])]
+    assert row["slots"] == report["slots"]["full"] == report["points"][-1]["slots"]
+    assert report["slots"]["bound"] == "the pool"
+    assert f"(serve --max-slots {report['slots']['of_a_replica']})" in shown.text(report)
 
 
 @pytest.mark.parametrize(
