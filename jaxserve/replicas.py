@@ -171,8 +171,8 @@ class Replicas:
             self._timer.join()
 
     def _watch(self) -> None:
-        """What time alone brings: deadlines of requests that wait here, and batch work whose patience is over.
-        The rest comes with requests and their ends."""
+        """What time alone brings: deadlines of requests that wait here, and batch work whose patience is
+        over. The rest comes with requests and their ends."""
         with self._lock:
             while not self._closing:
                 times = [entry[0] for entry in [self._deadlines.first()] if entry is not None]

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from checkpoints.huggingface import CheckpointError
 from jaxserve import build
 from jaxserve.config import EngineOptions
-from jaxserve.engine.programs import device_bytes
+from jaxserve.engine.programs import Programs, device_bytes
 from jaxserve.models.config import ConfigError
 from jaxserve.scheduler.types import SamplingParams, check_request
 from jaxserve.weights import load_params, open_weights
@@ -237,3 +237,23 @@ def test_on_a_gpu_reproducible_means_that_nothing_is_timed() -> None:
     }
     for platform, reproducible in (("gpu", False), ("cpu", True), ("tpu", True)):
         assert build.compiler_options(platform, reproducible=reproducible) == {}
+
+
+def test_a_compiler_without_room_gets_fewer_pages(folder, monkeypatch):
+    real, refused = Programs.compile, []
+
+    def compile(self, *args, **kwargs):
+        if len(refused) < 2:
+            refused.append(self)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Programs, "compile", compile)
+    lines = []
+    plan = build.plan_engine(str(folder), options(max_slots=4), lines.append)
+    first = 4 * 256 // 16
+    assert plan.shape.num_pages == int(int(first * build.FEWER) * build.FEWER)
+    assert [line for line in lines if "finds no room beside 64 pages; with 54 now" in line]
+    refused.clear()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):  # as many as were asked for
+        build.plan_engine(str(folder), options(kv_pages=64), lines.append)
