@@ -158,7 +158,7 @@ def test_replicas_answer_as_one_engine(folder: Path, expected: Client, mesh: str
         size = 2 if "tensor" in mesh else 1
         assert [len(place) for place in places] == [size, size] and not places[0] & places[1]
         replicas.start()
-        same_answers(Client(replicas), expected, PROMPTS)
+        same_answers(Client(replicas), expected, PROMPTS, tolerance=5e-5)  # of logits of up to 10
         stats = replicas.stats()
         assert min(stats["replica_requests"]) > 0 and sum(stats["replica_requests"]) == len(PROMPTS)
         assert stats["slots"] == 8 and stats["replicas"] == 2

@@ -25,8 +25,8 @@ MESHES += [(name, "data=2,expert=2") for name in CONFIGS if "num_experts_per_tok
 @pytest.mark.parametrize(("name", "mesh"), MESHES)
 def test_replicas_answer_as_one_device(tmp_path: Path, name: str, mesh: str) -> None:
     folder = str(write_model(CONFIGS[name], tmp_path))
-    one = build.build_serving(folder, options(dtype="float32"))
-    two = build.build_serving(folder, options(dtype="float32", mesh=mesh))
+    one = build.build_serving(folder, options(dtype="float32", max_slots=2, prefill_chunk=32))
+    two = build.build_serving(folder, options(dtype="float32", max_slots=2, prefill_chunk=32, mesh=mesh))
     assert isinstance(one, Engine) and isinstance(two, Replicas)
     try:
         places = [engine._runner._state.pool.devices() for engine in engines(two)]
