@@ -52,6 +52,8 @@ class Process:
 
 @contextlib.contextmanager
 def running(*args: str, piped: bool = False, **variables: str) -> Iterator[Process]:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest runs behind a shell's `&`: it is inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = Process(*args, piped=piped, **variables)
     guard = threading.Timer(40, process.popen.kill)  # a test that hangs fails instead
     guard.start()
