@@ -38,10 +38,9 @@ from benchmarks.fleet import (
     KV_BYTES,
     LIMITS,
     PAGE,
-    PAGES,
     SHARE,
-    SLOTS,
     VOCAB,
+    Replica,
     World,
     step_seconds,
 )
@@ -49,8 +48,7 @@ from jaxserve.disaggregated import Disaggregated, PromptReplicas
 from jaxserve.engine.engine import PromptPages
 from jaxserve.engine.outputs import Output, Sink
 from jaxserve.replicas import Replicas
-from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.types import Finish, Request, SamplingParams, Sequence, StepPlan, check_request
+from jaxserve.scheduler.types import Finish, Request, SamplingParams, check_request
 
 FIRST, GAP = 1.0, 0.020  # seconds
 STEP = 1.15  # from one rate to the next
@@ -70,23 +68,15 @@ READERS, LONG = 6, 1_500
 # -- simulated ---------------------------------------------------------------------------------------------
 
 
-class Device:
-    """An engine whose device is a formula: what `Disaggregated` and `Replicas` need of one."""
+class Device(Replica):
+    """A simulated engine with what `Disaggregated` needs of one."""
 
-    limits, tokenizer, failure, stuck, healthy = LIMITS, None, None, None, True
     least_prefill = LEAST_PREFILL
 
     def __init__(self, world: World, chunk: int) -> None:
-        self.world = world
-        self.facts: dict[str, Any] = {"slots": SLOTS, "pages_total": PAGES, "page_size": PAGE}
-        self.scheduler = Scheduler(
-            max_slots=SLOTS, num_pages=PAGES, page_size=PAGE, pages_per_slot=CONTEXT // PAGE,
-            prefill_chunk=chunk, max_prefill_rows=16,
-        )  # fmt: skip
-        self.on_chunk: Any = None
+        super().__init__(world)
+        self.scheduler.prefill_chunk = chunk
         self._inbox: deque[tuple[Request, Sink] | PromptPages] = deque()
-        self._sinks: dict[Sequence, Sink] = {}
-        self._running = False
         self._link = 0.0  # when the last page on its way here arrives
 
     def submit(self, *requests: tuple[Request, Sink]) -> None:
@@ -125,34 +115,6 @@ class Device:
             return
         plan = self.scheduler.plan(self.world.now)
         self.world.after(begin - self.world.now + step_seconds(plan), functools.partial(self._done, plan))
-
-    def _done(self, plan: StepPlan) -> None:
-        rows, steps = (0, 1) if plan.decode is None else (len(plan.decode.slots), plan.decode.steps)
-        prefill, decode = np.full(len(plan.prefill), 7, np.int32), np.full((steps, rows), 7, np.int32)
-        events = self.scheduler.commit(plan, prefill, decode)
-        if self.on_chunk is not None:
-            for sequence, _, i, _ in events:
-                self.on_chunk(sequence, plan.prefill[i])
-        for sequence, token, _, finish in events:
-            if token >= 0 or finish is not None:
-                tokens = [token] if token >= 0 else []
-                self._sinks[sequence](Output(sequence.request.request_id, 0, tokens, finish_reason=finish))
-            if finish is not None:
-                del self._sinks[sequence]
-        self._step()
-
-    def abort(self, request_id: str) -> None:
-        raise NotImplementedError("nobody leaves in this simulation")
-
-    def stats(self) -> dict[str, Any]:
-        own = {"rejected_total": 0, "requests_total": 0, "waiting": self.scheduler.num_waiting}
-        return {**self.facts, **self.scheduler.stats(), **own}
-
-    def start(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class _Arrived:

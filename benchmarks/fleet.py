@@ -100,6 +100,7 @@ class Replica:
             max_slots=SLOTS, num_pages=PAGES, page_size=PAGE, pages_per_slot=CONTEXT // PAGE,
             prefill_chunk=CHUNK, max_prefill_rows=16,
         )  # fmt: skip
+        self.on_chunk: Any = None
         self._sinks: dict[Sequence, Sink] = {}
         self._running = False
 
@@ -121,10 +122,14 @@ class Replica:
     def _done(self, plan: StepPlan) -> None:
         rows, steps = (0, 1) if plan.decode is None else (len(plan.decode.slots), plan.decode.steps)
         prefill, decode = np.full(len(plan.prefill), 7, np.int32), np.full((steps, rows), 7, np.int32)
-        for sequence, token, _, finish in self.scheduler.commit(plan, prefill, decode):
+        events = self.scheduler.commit(plan, prefill, decode)
+        if self.on_chunk is not None:
+            for sequence, _, i, _ in events:
+                self.on_chunk(sequence, plan.prefill[i])
+        for sequence, token, _, finish in events:
             if token >= 0 or finish is not None:
-                name = sequence.request.request_id
-                self._sinks[sequence](Output(name, 0, [token], finish_reason=finish))
+                tokens = [token] if token >= 0 else []
+                self._sinks[sequence](Output(sequence.request.request_id, 0, tokens, finish_reason=finish))
             if finish is not None:
                 del self._sinks[sequence]
         self._step()
