@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxserve.engine.outputs import Sink
-from jaxserve.scheduler.types import Limits, Request
+from jaxserve.scheduler.types import Limits, Request, SlotView, StructuredOutputs
 
 
 class TokenizerLike(Protocol):
@@ -38,7 +38,8 @@ class EngineLike(Protocol):
     `submit` takes all of its requests or none: it raises `EngineBusy` when the queue is full and RuntimeError
     when the engine does not run.
     stuck: what is stuck, while a device step takes longer than it may.
-    facts: what `stats` repeats; with a response cache, `fingerprint` says which weights and versions answer.
+    facts: what `stats` repeats; with a response cache, `fingerprint` says which weights and versions answer;
+    `embedding_size` and `embedding_pooling`, what a request with `pooling` gets unless it says otherwise.
     """
 
     @property
@@ -58,6 +59,13 @@ class EngineLike(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]: ...
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> Any:
+        """What `check_request` takes as `grammar`. Takes up to seconds: not for an event loop. Raises
+        RequestError for what cannot be compiled, or not within the limits."""
+
+    def slots(self) -> list[SlotView]:
+        """Who holds the slots, in order; from any thread, and perhaps a step old."""
 
     def submit(self, *requests: tuple[Request, Sink]) -> None: ...
 

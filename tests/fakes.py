@@ -9,7 +9,10 @@ Tokens are bytes, and a few special ones. The next token follows from the last a
 
 The r-th likeliest token is r-1 ids beyond the successor (cyclically) and has probability 2**-r.
 Temperatures and seeds are taken and change nothing. The engine runs on a thread, one token per running
-sequence and step; `delay` is a step's length. It knows nothing of jax.
+sequence and step; `delay` is a step's length. With a script, or for a request with a `choice`, the answer is
+that text (for a choice the first one) and the end token, each token as likely as a successor. An embedding
+is EMBEDDING_SIZE counts: of the prompt's tokens by their remainder, summed or (last) the last one's alone.
+It knows nothing of jax.
 """
 
 from __future__ import annotations
@@ -23,13 +26,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxserve.engine.outputs import Output, Sink, TokenLogprob
-from jaxserve.scheduler.types import Finish, Limits, Request
+from jaxserve.scheduler.types import Finish, Limits, Pooling, Request, SlotView, Status, StructuredOutputs
 
 BOS, EOS, USER, ASSISTANT, SYSTEM = 256, 257, 258, 259, 260
 SPECIAL = {BOS: "<bos>", EOS: "<end>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>"}
 ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 VOCABULARY = 261
+EMBEDDING_SIZE = 8
 
 
 def successor(token: int) -> int:
@@ -50,6 +57,13 @@ def entry(last: int, token: int, top: int) -> TokenLogprob:
     best = [(successor(last) + step) % VOCABULARY for step in range(top)]
     rank = (token - successor(last)) % VOCABULARY + 1
     return TokenLogprob(token, logprob(last, token), rank, tuple((one, logprob(last, one)) for one in best))
+
+
+def embed(request: Request) -> NDArray[np.float32]:
+    ids = request.prompt_token_ids
+    if request.pooling is Pooling.LAST:
+        ids = ids[-1:]
+    return np.bincount(ids % EMBEDDING_SIZE, minlength=EMBEDDING_SIZE).astype(np.float32)
 
 
 class FakeTokenizer:
@@ -97,6 +111,7 @@ class _Sequence:
     sink: Sink
     index: int
     last: int
+    script: collections.deque[int] | None = None  # what is left of the answer, where that is given
     text: str = ""
     sent: int = 0  # characters of `text` that were handed out
     tokens: int = 0
@@ -106,7 +121,8 @@ class _Sequence:
 class FakeEngine:
     """Continuous batching over `slots`, with counters for what tests want to see.
 
-    events: (step, what, request id), what being submit, admit, abort or free.
+    script: what every request is answered with. events: (step, what, request id), what being submit, admit,
+    abort or free.
     """
 
     def __init__(
@@ -119,7 +135,9 @@ class FakeEngine:
         delay: float = 0.0,
         tokenizer: FakeTokenizer | None = None,
         with_tokenizer: bool = True,
+        script: str | None = None,
     ) -> None:
+        self.script = script
         self.tokenizer = (tokenizer or FakeTokenizer()) if with_tokenizer else None
         self.limits = Limits(
             vocab_size=VOCABULARY,
@@ -127,6 +145,7 @@ class FakeEngine:
             pool_tokens=page_size * pages,
             eos_token_ids=(EOS,),
         )
+        self.facts: dict[str, Any] = {"embedding_size": EMBEDDING_SIZE, "embedding_pooling": "last"}
         self.delay = delay
         self.steps = 0
         self.events: list[tuple[int, str, str]] = []
@@ -157,9 +176,33 @@ class FakeEngine:
                 self._counts["requests_total"] += 1
                 last = int(request.prompt_token_ids[-1])
                 self._waiting.extend(
-                    _Sequence(request, sink, index, last) for index in range(request.params.n)
+                    _Sequence(request, sink, index, last, self._script_for(request))
+                    for index in range(request.params.n)
                 )
             self._changed.notify()
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> Any:
+        """What is wanted is taken and changes nothing, but for a `choice`: the first one is the answer."""
+        return wanted
+
+    def slots(self) -> list[SlotView]:
+        with self._changed:
+            return [
+                SlotView(
+                    slot=slot,
+                    request_id=one.request.request_id,
+                    index=one.index,
+                    tier=one.request.tier,
+                    status=Status.DECODE,
+                    prompt=len(one.request.prompt_token_ids),
+                    computed=len(one.request.prompt_token_ids),
+                    cached=0,
+                    generated=one.tokens,
+                    pages=-(-one.request.max_total_tokens // self._page_size),
+                    shared=0,
+                )
+                for slot, one in enumerate(self._running)
+            ]
 
     def abort(self, request_id: str) -> None:
         with self._changed:
@@ -221,6 +264,11 @@ class FakeEngine:
 
     # --- inside ---
 
+    def _script_for(self, request: Request) -> collections.deque[int] | None:
+        wanted = request.params.structured_outputs
+        text = wanted.choice[0] if wanted is not None and wanted.choice else self.script
+        return None if text is None else collections.deque([*text.encode(), EOS])
+
     def _run(self) -> None:
         try:
             while True:
@@ -265,11 +313,14 @@ class FakeEngine:
             ]
         sequence.started = True
         room = request.max_total_tokens - len(request.prompt_token_ids)
+        if request.pooling is not None:
+            output.embedding = embed(request)
         if sequence.tokens < room:
-            token = successor(sequence.last)
+            token = successor(sequence.last) if sequence.script is None else sequence.script.popleft()
             output.token_ids = [token]
             if params.logprobs is not None:
-                output.logprobs = [entry(sequence.last, token, params.logprobs)]
+                last = sequence.last if sequence.script is None else (token - 1) % VOCABULARY
+                output.logprobs = [entry(last, token, params.logprobs)]
             sequence.last = token
             sequence.tokens += 1
             self._counts["generation_tokens_total"] += 1

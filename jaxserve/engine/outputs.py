@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxserve.scheduler.types import Finish
 
 
@@ -30,9 +33,11 @@ class Output:
     stop_reason: the stop string or stop token that ended it, None for the model's own end token.
     prompt_logprobs: once, in the first increment of index 0: one per prompt token, None for the first.
     error: the engine failed and the sequence with it; `finish_reason` is then ABORT.
+    param: with `error`, the request's field that is at fault, where the engine is not.
     cached_tokens: in the first increment of this index: prompt tokens that came from the prefix cache.
     cumulative_logprob: of all its tokens, in its last increment, when the best of several are chosen.
     from_cache: the whole answer comes from the response cache.
+    embedding: f32[D], of a request with `pooling`, in its only increment; of any length.
     """
 
     request_id: str
@@ -44,14 +49,21 @@ class Output:
     stop_reason: str | int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: str | None = None
+    param: str | None = None
     cached_tokens: int = 0
     cumulative_logprob: float | None = None
     from_cache: bool = False
+    embedding: NDArray[np.float32] | None = None
 
 
 def mean_logprob(cumulative: float | None, tokens: int) -> float:
     """By which `best_of` ranks sequences: per token, so that longer ones are not the worse for it."""
     return (cumulative or 0.0) / max(tokens, 1)
+
+
+def unit_length(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """f32[D] of length 1, in the direction of `vector`; zeros stay zeros."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 class EngineBusy(RuntimeError):

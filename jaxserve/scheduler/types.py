@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,40 @@ class RequestError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What the text of a reply must look like: exactly one of these (vLLM's names).
+
+    json: a JSON schema, as its text or as the object. json_object: any JSON object. regex: the whole text
+    matches it. choice: the text is one of these. grammar: in llguidance's dialect of Lark.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.json, Mapping):
+            object.__setattr__(self, "json", json.dumps(self.json, ensure_ascii=False))
+        if self.choice is not None:
+            _tuple(self, "choice")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs must give one of json, json_object, regex, choice and grammar,"
+                f" not {', '.join(given) or 'none'}",
+                param="structured_outputs",
+            )
+        for name in ("json", "regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise RequestError(f"{name} must be a text", param=f"structured_outputs.{name}")
+        if self.choice is not None and not (self.choice and all(isinstance(c, str) for c in self.choice)):
+            raise RequestError("choice must be a list of texts", param="structured_outputs.choice")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn and when a sequence ends. Raises `RequestError` naming the field.
 
@@ -62,6 +97,7 @@ class SamplingParams:
     logprobs: also return this many likeliest alternatives per generated token (0: the token alone).
     prompt_logprobs: likewise for the prompt's tokens.
     ignore_eos: the model's own end tokens do not end the sequence.
+    structured_outputs: what the text must look like; not with min_tokens or ignore_eos.
     """
 
     temperature: float = 1.0
@@ -84,6 +120,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -128,6 +165,10 @@ class SamplingParams:
             _token_id(token, "allowed_token_ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty: nothing can be drawn", param="allowed_token_ids")
+        if self.structured_outputs is not None:
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    raise RequestError(f"{name} does not go with structured_outputs", param=name)
         self._check_best_of()
         self._check_logit_bias()
 
@@ -188,7 +229,7 @@ def _number(params: SamplingParams, name: str, low: float, high: float, *, low_o
         raise RequestError(f"{name}={value} must lie in {bracket}{low:g}, {high:g}]", param=name)
 
 
-def _tuple(params: SamplingParams, name: str) -> None:
+def _tuple(params: SamplingParams | StructuredOutputs, name: str) -> None:
     value = getattr(params, name)
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise RequestError(f"{name}={value!r} must be a list", param=name)
@@ -210,6 +251,13 @@ def _token_id(token: object, name: str) -> None:
         raise RequestError(f"{name}: {token!r} is not a token id", param=name)
 
 
+class Pooling(enum.StrEnum):
+    """How the hidden states of a prompt's tokens become one vector."""
+
+    LAST = "last"  # the last token's
+    MEAN = "mean"  # their mean
+
+
 class Tier(enum.StrEnum):
     """Whose turn it is: batch work runs in what online work leaves free, and gives it back."""
 
@@ -228,6 +276,8 @@ class Request:
     priority: within its tier, lower runs first.
     deadline: when it ends, finished or not, on the clock of `arrival_time`; None: never.
     salt: prompts share cached pages only with prompts of the same salt.
+    grammar: `params.structured_outputs`, compiled: whatever `EngineLike.compile_grammar` made of it.
+    pooling: the answer is a vector (`Output.embedding`), and nothing is drawn.
     """
 
     request_id: str
@@ -240,6 +290,8 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    grammar: Any = None
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,8 +319,10 @@ def check_request(
     priority: int = 0,
     deadline: float | None = None,
     salt: bytes = b"",
+    grammar: Any = None,
+    pooling: Pooling | None = None,
 ) -> Request:
-    """The validated request. Raises `RequestError` naming the field at fault, as HTTP names it: tier is
+    """The validated request. `pooling` needs max_tokens=0. Raises `RequestError` naming the field at fault, as HTTP names it: tier is
     `service_tier` there, deadline is `timeout`, salt is `cache_salt`."""
     _check_place(tier, priority, deadline, salt)
     ids = _prompt_ids(prompt_token_ids, limits.vocab_size)
@@ -289,7 +343,11 @@ def check_request(
             param="max_tokens",
             code="context_length_exceeded",
         )
-    if max_tokens == 0 and params.prompt_logprobs is None:
+    if params.structured_outputs is not None and grammar is None:
+        raise ValueError("structured_outputs need their compiled grammar")
+    if pooling is not None and (max_tokens or params.sequences > 1 or params.prompt_logprobs is not None):
+        raise RequestError("an embedding is of a prompt alone: max_tokens must be 0", param="max_tokens")
+    if max_tokens == 0 and params.prompt_logprobs is None and pooling is None:
         raise RequestError("max_tokens=0 needs echo or prompt_logprobs", param="max_tokens")
     if length + max_tokens > limits.pool_tokens:
         raise RequestError(
@@ -328,6 +386,8 @@ def check_request(
         priority=priority,
         deadline=deadline,
         salt=salt,
+        grammar=grammar,
+        pooling=pooling,
     )
 
 
@@ -503,3 +563,23 @@ class StepPlan:
     @property
     def empty(self) -> bool:
         return not self.prefill and self.decode is None
+
+
+class SlotView(NamedTuple):
+    """A held slot, for people to look at.
+
+    status: prefill or decode. prompt, computed, cached, generated: tokens; `computed` of the prompt, of which
+    `cached` came from the prefix cache. pages: that it holds; shared: of these, held by others too.
+    """
+
+    slot: int
+    request_id: str
+    index: int
+    tier: Tier
+    status: Status
+    prompt: int
+    computed: int
+    cached: int
+    generated: int
+    pages: int
+    shared: int

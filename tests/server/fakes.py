@@ -31,7 +31,7 @@ class FakeEngine(fakes.FakeEngine):
     ) -> None:
         super().__init__(**options)
         self.likelihoods = likelihoods
-        self.facts: dict[str, Any] = {"fingerprint": "fake"}
+        self.facts["fingerprint"] = "fake"
         self.stuck: str | None = None
         self.requests: list[Request] = []
         self.busy = 0
