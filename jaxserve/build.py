@@ -46,6 +46,7 @@ from jaxserve.memory import memory_limit
 from jaxserve.models.config import ModelConfig, context_limit
 from jaxserve.models.decoder import Decoder, Layout, Params
 from jaxserve.models.meshes import check_mesh, choose_mesh
+from jaxserve.pooling import pooling_of
 from jaxserve.protocols import EngineLike
 from jaxserve.replicas import Replicas
 from jaxserve.response_cache import CachingEngine, ResponseCache, cache_file
@@ -448,6 +449,9 @@ def build_engine(
     else:
         runner = LeadingRunner(plan.programs, params, state, group.channel)
     tokenizer, shape, config = plan.tokenizer, plan.shape, plan.loaded.config
+    pooling, warning = pooling_of(plan.loaded.folder)
+    if warning is not None:
+        progress(f"warning: {warning}")
     engine = Engine(
         limits=Limits(
             vocab_size=config.vocab_size,
@@ -486,6 +490,8 @@ def build_engine(
             "page_bytes": plan.page_bytes,
             "prefill_chunk": max(plan.prefill_rows),
             "max_model_len": plan.loaded.max_model_len,
+            "embedding_size": plan.loaded.config.hidden_size,
+            "embedding_pooling": str(pooling),
         },
     )
     if group is not None:

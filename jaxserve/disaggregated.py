@@ -25,7 +25,15 @@ from jaxserve.engine.outputs import Output, Sink
 from jaxserve.protocols import TokenizerLike
 from jaxserve.scheduler.placement import Placement
 from jaxserve.scheduler.prefix_cache import prompt_digests
-from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, SamplingParams
+from jaxserve.scheduler.types import (
+    Finish,
+    Limits,
+    PrefillRow,
+    Request,
+    SamplingParams,
+    SlotView,
+    StructuredOutputs,
+)
 from jaxserve.scheduler.types import Sequence as Running
 
 MOVES_AHEAD = 4  # blocks of pages that may be on their way to an engine; memory is set aside for them
@@ -68,6 +76,7 @@ class PromptReplicas:
             prompt_token_ids=request.prompt_token_ids[:length],
             params=SamplingParams(),
             max_total_tokens=length,  # nothing to draw
+            grammar=None,
         )
         with self._lock:
             number = self._placement.place(prompt)
@@ -167,6 +176,13 @@ class Disaggregated:
     def stuck(self) -> str | None:
         return next((stuck for engine in self._all if (stuck := engine.stuck) is not None), None)
 
+    def compile_grammar(self, wanted: StructuredOutputs) -> Any:
+        return self.engine.compile_grammar(wanted)
+
+    def slots(self) -> list[SlotView]:
+        """Of the engine that draws."""
+        return self.engine.slots()
+
     def submit(self, *requests: tuple[Request, Sink]) -> None:
         """As the engine's, one after the other."""
         for request, sink in requests:
@@ -186,10 +202,12 @@ class Disaggregated:
 
     def _is_worth_moving(self, request: Request, known: int) -> bool:
         """Not where one small step computes what is lacking, nor where the prompt's logprobs are wanted,
-        which come of computing it."""
+        or a vector made of it, which come of computing it."""
         lacking = len(request.prompt_token_ids) - known * self._page_size
         return (
-            request.params.prompt_logprobs is None and lacking > self.engine.least_prefill + self._page_size
+            request.params.prompt_logprobs is None
+            and request.pooling is None
+            and lacking > self.engine.least_prefill + self._page_size
         )
 
     def abort(self, request_id: str) -> None:

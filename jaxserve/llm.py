@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxserve._leaves import check_leaves
 from jaxserve.config import EngineOptions
-from jaxserve.engine.outputs import EngineBusy, Output, TokenLogprob, mean_logprob
+from jaxserve.engine.outputs import EngineBusy, Output, TokenLogprob, mean_logprob, unit_length
 from jaxserve.prompts import encode_chat, encode_text, tier_of
 from jaxserve.protocols import EngineLike, TokenizerLike
-from jaxserve.scheduler.types import Finish, Request, RequestError, SamplingParams, check_request
+from jaxserve.scheduler.types import Finish, Pooling, Request, RequestError, SamplingParams, check_request
 
 log = logging.getLogger("jaxserve")
 
@@ -148,6 +151,34 @@ class LLM:
             pending.append(self._request(None, ids, chosen, service_tier, priority))
         return self._run(pending)
 
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        service_tier: str = "default",
+        priority: int = 0,
+    ) -> NDArray[np.float32]:
+        """f32[texts, D]: a vector of length 1 for each text, in their order.
+
+        texts: a text, token ids, or a list of either. pooling: `last` takes the last token's hidden state,
+        `mean` that of all tokens; None takes what the model's folder says, else `last`. The rest, and what
+        it raises, is as in `generate`.
+        """
+        chosen = pooling or self.engine.facts["embedding_pooling"]
+        if chosen not in list(Pooling):
+            raise RequestError(f"{pooling=} must be one of {', '.join(Pooling)}", param="pooling")
+        params = SamplingParams(max_tokens=0)
+        pending = []
+        for prompt in _as_prompts(texts):
+            text = prompt if isinstance(prompt, str) else None
+            ids = encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            pending.append(self._request(text, ids, params, service_tier, priority, Pooling(chosen)))
+        self._run(pending)
+        vectors = [unit_length(one.embedding) for one in pending if one.embedding is not None]
+        none = np.zeros((0, self.engine.facts["embedding_size"]), np.float32)
+        return np.stack(vectors) if vectors else none
+
     def stats(self) -> dict[str, Any]:
         """The engine's figures: slots, pages, running, waiting, tokens so far."""
         return self.engine.stats()
@@ -163,8 +194,15 @@ class LLM:
         self.close()
 
     def _request(
-        self, text: str | None, ids: Sequence[int], params: SamplingParams, service_tier: str, priority: int
+        self,
+        text: str | None,
+        ids: Sequence[int],
+        params: SamplingParams,
+        service_tier: str,
+        priority: int,
+        pooling: Pooling | None = None,
     ) -> _Pending:
+        wanted = params.structured_outputs
         request = check_request(
             f"llm-{next(self._numbers)}",
             ids,
@@ -173,6 +211,8 @@ class LLM:
             time.monotonic(),
             tier=tier_of(service_tier),
             priority=priority,
+            grammar=None if wanted is None else self.engine.compile_grammar(wanted),
+            pooling=pooling,
         )
         return _Pending(text, request)
 
@@ -235,6 +275,7 @@ class _Pending:
             prompt_token_ids=request.prompt_token_ids.tolist(),
             outputs=[CompletionOutput(index) for index in range(request.params.sequences)],
         )
+        self.embedding: NDArray[np.float32] | None = None
         self._texts: list[list[str]] = [[] for _ in self.result.outputs]
 
     def sink(self, waiting: _Countdown) -> Callable[[Output], None]:
@@ -262,6 +303,7 @@ class _Pending:
         if output.logprobs is not None:
             target.logprobs = target.logprobs or []
             target.logprobs += map(_as_dict, output.logprobs)
+        self.embedding = output.embedding
         if output.prompt_logprobs is not None:
             self.result.prompt_logprobs = [
                 None if entry is None else _as_dict(entry) for entry in output.prompt_logprobs

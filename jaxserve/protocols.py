@@ -16,6 +16,15 @@ from jaxserve.scheduler.types import Limits, Request, SlotView, StructuredOutput
 class TokenizerLike(Protocol):
     """Text to token ids and back; see `jaxserve.text`."""
 
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
@@ -24,8 +33,17 @@ class TokenizerLike(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def token_id(self, text: str) -> int | None:
+        """Of the one token that has this text, if there is one."""
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
     @property
     def has_chat_template(self) -> bool: ...
+
+    @property
+    def chat_template_source(self) -> str | None: ...
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any

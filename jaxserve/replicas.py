@@ -12,6 +12,7 @@ If one engine fails, this has failed: requests on the others go on, no new ones 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -24,7 +25,7 @@ from jaxserve.protocols import EngineLike, TokenizerLike
 from jaxserve.scheduler.heap import RemovableHeap
 from jaxserve.scheduler.placement import Placement
 from jaxserve.scheduler.preemption import promoted, rank_of
-from jaxserve.scheduler.types import Finish, Limits, Request, Tier
+from jaxserve.scheduler.types import Finish, Limits, Request, SlotView, StructuredOutputs, Tier
 
 MOST_SECONDS = 3600.0  # that the thread for deadlines waits at a time
 AHEAD = 2  # sequences that a replica has waiting, so that a slot that becomes free is filled at once
@@ -32,7 +33,7 @@ AGING_SECONDS, BATCH_PATIENCE = 10.0, 600.0  # as the scheduler's
 # of several engines' stats these are everybody's own, not a sum
 SAME = frozenset(
     {
-        *("page_size", "page_bytes", "prefill_chunk", "max_model_len"),
+        *("page_size", "page_bytes", "prefill_chunk", "max_model_len", "embedding_size"),
         *("startup_seconds", "chunk_seconds", "step_seconds"),
     }
 )
@@ -110,6 +111,18 @@ class Replicas:
         return None
 
     # -- from any thread -------------------------------------------------------------------------------
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> Any:
+        """By the first engine; all of them take it."""
+        return self.engines[0].compile_grammar(wanted)
+
+    def slots(self) -> list[SlotView]:
+        """The first replica's, then the second's: they are numbered on."""
+        return [
+            dataclasses.replace(view, slot=view.slot + number * self._slots)
+            for number, engine in enumerate(self.engines)
+            for view in engine.slots()
+        ]
 
     def submit(self, *requests: tuple[Request, Sink]) -> None:
         """As the engine's, all or none: EngineBusy when the queue is full, RuntimeError after a failure."""

@@ -30,7 +30,7 @@ from typing import Any
 
 from jaxserve.engine.outputs import EngineBusy, Output, Sink, TokenLogprob
 from jaxserve.protocols import EngineLike, TokenizerLike
-from jaxserve.scheduler.types import Finish, Limits, Request
+from jaxserve.scheduler.types import Finish, Limits, Request, SlotView, StructuredOutputs
 
 LOCKED_SECONDS = 2.0  # how long to wait for another server that writes
 REFRESH_SECONDS = 1.0  # how soon another server's answers are seen
@@ -203,9 +203,9 @@ def _size(database: sqlite3.Connection) -> int:
 
 
 def answer_key(request: Request, fingerprint: str) -> bytes | None:
-    """The digest of all that decides the answer; None where chance does too."""
+    """The digest of all that decides the answer; None where chance does too, and for vectors."""
     params = request.params
-    if not params.greedy and params.seed is None:
+    if request.pooling is not None or (not params.greedy and params.seed is None):
         return None
     fields = [(field.name, getattr(params, field.name)) for field in dataclasses.fields(params)]
     plain = [(name, sorted(value.items()) if isinstance(value, dict) else value) for name, value in fields]
@@ -309,6 +309,12 @@ class CachingEngine:
     @property
     def facts(self) -> dict[str, Any]:
         return self.engine.facts
+
+    def compile_grammar(self, wanted: StructuredOutputs) -> Any:
+        return self.engine.compile_grammar(wanted)
+
+    def slots(self) -> list[SlotView]:
+        return self.engine.slots()
 
     def submit(self, *requests: tuple[Request, Sink]) -> None:
         """As the engine's. Where all answers are known they are given whether or not the queue is full."""

@@ -36,6 +36,7 @@ BOS, EOS, USER, ASSISTANT, SYSTEM = 256, 257, 258, 259, 260
 SPECIAL = {BOS: "<bos>", EOS: "<end>", USER: "<user>", ASSISTANT: "<assistant>", SYSTEM: "<system>"}
 ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 VOCABULARY = 261
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 EMBEDDING_SIZE = 8
 
 
@@ -73,7 +74,9 @@ class FakeTokenizer:
         self.vocab_size = VOCABULARY
         self.bos_token_id = BOS if bos else None
         self.eos_token_ids = (EOS,)
+        self.special_ids = frozenset(SPECIAL)
         self.has_chat_template = has_chat_template
+        self.chat_template_source = CHAT_TEMPLATE if has_chat_template else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         start = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
@@ -89,6 +92,9 @@ class FakeTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return SPECIAL[token_id].encode() if token_id in SPECIAL else bytes([token_id])
+
+    def token_id(self, text: str) -> int | None:
+        return next((token for token in range(VOCABULARY) if self.token_bytes(token) == text.encode()), None)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
@@ -116,6 +122,7 @@ class _Sequence:
     sent: int = 0  # characters of `text` that were handed out
     tokens: int = 0
     started: bool = False
+    admitted: float | None = None
 
 
 class FakeEngine:
@@ -216,6 +223,7 @@ class FakeEngine:
             self._drop_aborted()
             while self._waiting and len(self._running) < self._slots:
                 sequence = self._waiting.popleft()
+                sequence.admitted = time.monotonic()
                 self._counts["prompt_tokens_total"] += len(sequence.request.prompt_token_ids)
                 self.events.append((self.steps, "admit", sequence.request.request_id))
                 self._running.append(sequence)
@@ -311,6 +319,8 @@ class FakeEngine:
             output.prompt_logprobs = [None] + [
                 entry(before, token, params.prompt_logprobs) for before, token in itertools.pairwise(ids)
             ]
+        if not sequence.started:
+            output.admitted = sequence.admitted
         sequence.started = True
         room = request.max_total_tokens - len(request.prompt_token_ids)
         if request.pooling is not None:

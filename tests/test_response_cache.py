@@ -21,7 +21,14 @@ import pytest
 
 from jaxserve.engine.outputs import EngineBusy, Output, TokenLogprob
 from jaxserve.response_cache import CachingEngine, ResponseCache, answer_key, cache_file, decode, encode
-from jaxserve.scheduler.types import Finish, Request, SamplingParams, Tier, check_request
+from jaxserve.scheduler.types import (
+    Finish,
+    Request,
+    SamplingParams,
+    StructuredOutputs,
+    Tier,
+    check_request,
+)
 from tests.cli.harness import ROOT
 from tests.server.fakes import FakeEngine
 from tests.server.harness import until
@@ -263,8 +270,10 @@ def test_where_no_file_can_be_nothing_is_kept(opened: Opened, tmp_path: Path, sa
 
 
 def request(prompt: str = "xa", params: SamplingParams = GREEDY, **place: Any) -> Request:
-    name = f"test-{next(numbers)}"
-    return check_request(name, list(prompt.encode()), params, FakeEngine().limits, 0.0, **place)
+    name, grammar = f"test-{next(numbers)}", params.structured_outputs
+    return check_request(
+        name, list(prompt.encode()), params, FakeEngine().limits, 0.0, grammar=grammar, **place
+    )
 
 
 def test_only_what_is_determined_has_a_key() -> None:
@@ -294,6 +303,7 @@ OTHER: dict[str, Any] = {
     "prompt_logprobs": 1,
     "ignore_eos": True,
     "skip_special_tokens": False,
+    "structured_outputs": StructuredOutputs(regex="a"),
 }
 
 
@@ -412,7 +422,8 @@ def test_the_second_time_it_comes_from_the_file(engine: CachingEngine) -> None:
     assert text(first, 2) == "bcdef"
     assert not any(output.from_cache for output in first)
     name = second[0].request_id
-    assert second == [dataclasses.replace(one, request_id=name, from_cache=True) for one in first]
+    again = {"request_id": name, "from_cache": True, "admitted": None}
+    assert second == [dataclasses.replace(one, **again) for one in first]
     assert len(inner(engine).requests) == 1
     stats = engine.stats()
     assert (stats["response_cache_hits"], stats["response_cache_misses"]) == (1, 1)

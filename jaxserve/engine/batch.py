@@ -73,6 +73,7 @@ def needs_edits(params: SamplingParams) -> bool:
         or params.presence_penalty
         or params.frequency_penalty
         or params.repetition_penalty != 1.0
+        or params.structured_outputs is not None
     )
 
 
@@ -193,6 +194,34 @@ def unpack_decode(packed: Int[Array, "B n"]) -> DecodeBatch:
     return DecodeBatch._make([*(packed[:, i] for i in range(_DECODE_ROW)), packed[:, _DECODE_ROW:]])
 
 
+def allowed_words(params: SamplingParams, vocab_size: int) -> NDArray[np.int32]:
+    """i32[W], a bit for each token: those of `allowed_token_ids`, or all."""
+    allowed = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    allowed[slice(None) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
+    return np.packbits(allowed, bitorder="little").view(np.int32)
+
+
+def masks_shape(rows: int, vocab_size: int) -> tuple[int, int]:
+    return rows, 1 + -(-vocab_size // 32)
+
+
+def pack_masks(
+    slots: Sequence[int], masks: Sequence[NDArray[np.int32]], bucket: int, vocab_size: int
+) -> NDArray[np.int32]:
+    """i32[bucket, 1 + W]: a slot and the tokens that it may draw next; unused rows have slot -1."""
+    packed = np.full(masks_shape(bucket, vocab_size), -1, np.int32)
+    packed[: len(slots), 0] = slots
+    packed[: len(slots), 1:] = masks
+    return packed
+
+
+def pack_spans(spans: Sequence[tuple[int, int]], rows: int) -> NDArray[np.int32]:
+    """i32[rows, 2]: from where to where among the packed tokens; (0, 0) is nothing."""
+    packed = np.zeros((rows, 2), np.int32)
+    packed[: len(spans)] = spans
+    return packed
+
+
 def edits_size(vocab_size: int) -> int:
     return 1 + 2 * -(-vocab_size // 32) + 2 * MAX_LOGIT_BIAS + vocab_size
 
@@ -203,12 +232,12 @@ def pack_edits(
     prompt: NDArray[np.int32],
     generated: NDArray[np.int32],
     vocab_size: int,
+    mask: NDArray[np.int32] | None = None,
 ) -> NDArray[np.int32]:
     """i32: the slot, its allowed tokens and its prompt's tokens as bits, its logit biases, how often each
-    token was generated before (by a sequence that was preempted)."""
+    token was generated before (by a sequence that was preempted). mask: i32[W], what its grammar allows."""
     words = -(-vocab_size // 32)
-    allowed = np.zeros(words * 32, np.bool_)
-    allowed[slice(None) if params.allowed_token_ids is None else list(params.allowed_token_ids)] = True
+    allowed = allowed_words(params, vocab_size)
     present = np.zeros(words * 32, np.bool_)
     present[prompt] = True
     bias_tokens = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32)
@@ -218,7 +247,7 @@ def pack_edits(
     return np.concatenate(
         [
             np.array([slot], np.int32),
-            np.packbits(allowed, bitorder="little").view(np.int32),
+            allowed if mask is None else allowed & mask,
             np.packbits(present, bitorder="little").view(np.int32),
             bias_tokens,
             bias.view(np.int32),

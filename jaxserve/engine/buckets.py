@@ -49,6 +49,11 @@ def prefill_buckets(chunk: int, max_slots: int) -> dict[int, int]:
     return {tokens: min(most, max(2, tokens // 16)) for tokens in sorted(sizes)}
 
 
+def mask_buckets(max_slots: int) -> list[int]:
+    """Slots whose masks are written at a time."""
+    return sorted({2, min(16, max(max_slots, 2)), max(max_slots, 2)})
+
+
 def register_programs(
     steps: Steps,
     params: Params,
@@ -111,6 +116,27 @@ def register_programs(
                 (params, hidden, ints(tokens)),
                 lasting=(0,),
                 out_shardings=everywhere,
+            )
+        )
+        programs.register(
+            Program(
+                "embed",
+                tokens,
+                steps.embed,
+                (hidden, ints(prefill_rows[tokens], 2)),
+                out_shardings=everywhere,
+            )
+        )
+    for rows in mask_buckets(shape.max_slots):
+        programs.register(
+            Program(
+                "mask_slots",
+                rows,
+                steps.mask_slots,
+                (state, ints(*batch.masks_shape(rows, model.config.vocab_size))),
+                donate=(0,),
+                lasting=(0,),
+                out_shardings=state_out,
             )
         )
     programs.register(

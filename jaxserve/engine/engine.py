@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import jax
@@ -30,9 +31,24 @@ from jaxserve.engine.runner import Runner
 from jaxserve.engine.streams import Stream
 from jaxserve.models.decoder import Params
 from jaxserve.scheduler.scheduler import Event, Scheduler
-from jaxserve.scheduler.types import Finish, Limits, PrefillRow, Request, Sequence, StepPlan
+from jaxserve.scheduler.types import (
+    Finish,
+    Limits,
+    Pooling,
+    PrefillRow,
+    Request,
+    RequestError,
+    Sequence,
+    SlotView,
+    StepPlan,
+    StructuredOutputs,
+)
+from jaxserve.text.grammars import Grammar, GrammarError, Grammars, Masks, Matcher, TooManyGrammars
 from jaxserve.text.tokenizer import Tokenizer
 
+ROW_BOUNDS = tuple(2**power for power in range(11))  # by which `stats` counts the rows of decode steps
+MASK_SECONDS = 0.05  # how often the engine looks up while it waits for a grammar's mask alone
+NO_RESULTS = batch.unpack_results(np.zeros((0, batch.RESULT_WIDTH), np.int32))
 LOOK_STEPS = 32  # how often the engine asks itself who waits for whom
 HOST_BOUND = 0.8  # the host's time over a dispatch, as a share of the device's over a token
 TOTALS = ("prompt_tokens_total", "generation_tokens_total", "requests_total", "rejected_total")
@@ -46,6 +62,7 @@ class _Flight:
     prefill: jax.Array | None = None  # i32[rows, RESULT_WIDTH]
     decode: jax.Array | None = None  # i32[steps, rows, RESULT_WIDTH]
     prompt_logprobs: jax.Array | None = None  # i32[tokens, RESULT_WIDTH]
+    embeddings: jax.Array | None = None  # f32[rows, D]
     programs: list[Key] = dataclasses.field(default_factory=list)
 
 
@@ -64,6 +81,13 @@ class PromptPages:
     placed: Callable[[], None]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Followed:
+    """What a sequence drew last was taken in by its grammar."""
+
+    sequence: Sequence
+
+
 @dataclasses.dataclass(slots=True)
 class StepTimes:
     """Seconds, summed over `steps`. host: planning, packing, dispatching, committing, text. wait: blocked
@@ -71,6 +95,7 @@ class StepTimes:
 
     steps: int = 0
     decoded: int = 0  # decode steps: several in one dispatch count as several
+    rows: int = 0  # that were decoded, summed over those
     host: float = 0.0
     wait: float = 0.0
 
@@ -112,7 +137,13 @@ class Engine:
         self._random = random.Random(seed)
         self._streams: dict[Sequence, Stream] = {}
         self._flight: _Flight | None = None
-        self._inbox: collections.deque[tuple[Request, Sink] | str | PromptPages] = collections.deque()
+        self._inbox: collections.deque[tuple[Request, Sink] | str | PromptPages | _Followed]
+        self._inbox = collections.deque()
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = Grammars(tokenizer, limits.vocab_size, limits.eos_token_ids)
+        self._masks = Masks(self._followed)
+        self._mask_buckets = runner.programs.buckets("mask_slots")
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -125,6 +156,7 @@ class Engine:
         self._most_steps = scheduler.multi_step
         self._choose_steps = choose_steps
         self._looked_at = StepTimes()
+        self._row_counts = dict.fromkeys(ROW_BOUNDS, 0)  # decode steps, by the least bound of their rows
         # called on this engine's thread with each chunk of a prompt that has been computed
         self.on_chunk: Callable[[Sequence, PrefillRow], None] | None = None
 
@@ -175,6 +207,27 @@ class Engine:
             self._inbox.extend(requests)
             self._wake.notify()
 
+    def compile_grammar(self, wanted: StructuredOutputs) -> Grammar:
+        """See `EngineLike`. Raises EngineBusy where too many others wait for the same."""
+        if self._grammars is None:
+            raise RequestError(
+                "this model has no tokenizer: structured_outputs need one", param="structured_outputs"
+            )
+        kind, text = wanted.source()
+        try:
+            return self._grammars.compile(kind, text)
+        except GrammarError as error:
+            raise RequestError(
+                f"the {kind} cannot be followed: {error}", param=f"structured_outputs.{kind}"
+            ) from None
+        except TooManyGrammars:
+            raise EngineBusy(1) from None
+
+    def _followed(self, sequence: Sequence, matcher: Matcher) -> None:
+        with self._wake:
+            self._inbox.append(_Followed(sequence))
+            self._wake.notify()
+
     def deposit(self, pages: PromptPages) -> None:
         """Puts pages of a prompt into the prefix cache, as many as find room, before the next step."""
         with self._wake:
@@ -204,15 +257,22 @@ class Engine:
             "waiting": waiting,
             "waiting_tokens": tokens,
             "steps": self.times.steps,
+            "decode_steps": self.times.decoded,
+            "decode_rows": self.times.rows,
+            **{f"decode_steps_of_{bound}": count for bound, count in self._row_counts.items()},
             "host_seconds": self.times.host,
             "device_wait_seconds": self.times.wait,
         }
+
+    def slots(self) -> list[SlotView]:
+        return self.scheduler.view()
 
     def reset_counters(self) -> None:
         """After warm-up: what was run then was nobody's request."""
         self._totals = dict.fromkeys(self._totals, 0)
         self.scheduler.reset_counters()
         self.times, self._looked_at = StepTimes(), StepTimes()
+        self._row_counts = dict.fromkeys(ROW_BOUNDS, 0)
 
     def start(self) -> None:
         """Runs the loop on a thread of its own until `close()`."""
@@ -242,6 +302,9 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._end_all(None)
+        self._masks.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -260,7 +323,11 @@ class Engine:
             return False
         self._busy += time.perf_counter() - begin
         self.times.steps += 1
-        self.times.decoded += 0 if plan.decode is None else plan.decode.steps
+        if plan.decode is not None:
+            rows, steps = len(plan.decode.slots), plan.decode.steps
+            self.times.decoded += steps
+            self.times.rows += rows * steps
+            self._row_counts[next((b for b in ROW_BOUNDS if b >= rows), ROW_BOUNDS[-1])] += steps
         self.times.host += time.perf_counter() - begin - (self.times.wait - waited)
         if self._choose_steps and self.times.steps % LOOK_STEPS == 0:
             self._look()
@@ -311,7 +378,10 @@ class Engine:
                         raise self.failure
                     if self._closing:
                         return
-                self.step()
+                if not self.step():
+                    with self._wake:  # everybody who runs waits for a mask
+                        if not self._inbox:
+                            self._wake.wait(MASK_SECONDS)
         except BaseException as error:  # the loop is the process's heart: say so to everyone, then end
             self.failure = error = self.failure or error
             self._end_all(f"the engine failed: {type(error).__name__}: {error}")
@@ -344,11 +414,29 @@ class Engine:
             if isinstance(item, PromptPages):
                 self._place(item)
                 continue
+            if isinstance(item, _Followed):
+                self._follow(item.sequence)
+                continue
             request, sink = item
             for sequence in self.scheduler.add(request, self._seeds(request)):
                 self._streams[sequence] = Stream(sequence, sink, self.tokenizer)
             self._totals["requests_total"] += 1
             self._totals["prompt_tokens_total"] += len(request.prompt_token_ids)
+
+    def _follow(self, sequence: Sequence) -> None:
+        """It may draw again, or its grammar is at its end."""
+        stream = self._streams.get(sequence)
+        if stream is None or stream.matcher is None:
+            return
+        if stream.matcher.error is not None:
+            self.scheduler.finish(sequence, Finish.ABORT)
+            self._streams.pop(sequence).end(error=stream.matcher.error, param="structured_outputs")
+        elif stream.matcher.complete:
+            self.scheduler.finish(sequence, Finish.STOP)
+            self._streams.pop(sequence).push(-1, Finish.STOP, NO_RESULTS, 0)
+            self._rate.ended(self._busy)
+        else:
+            self.scheduler.allow(sequence)
 
     def _place(self, pages: PromptPages) -> None:
         if adopted := dict(self.scheduler.adopt(pages.digests, pages.first)):
@@ -371,6 +459,8 @@ class Engine:
             if plan.prefill:
                 self._dispatch_prefill(flight)
             if plan.decode is not None:
+                if masked := self.scheduler.masked(plan.decode.slots):
+                    self._mask(masked)
                 bucket = bucket_for(self._decode_buckets, len(plan.decode.slots))
                 packed = batch.pack_decode(plan.decode, bucket=bucket)
                 flight.programs.append(("decode", bucket))
@@ -381,8 +471,22 @@ class Engine:
         none = np.zeros(0, np.int32)
         prompt = none if row.prompt is None else row.prompt
         generated = none if row.generated is None else row.generated
-        packed = batch.pack_edits(row.slot, row.params, prompt, generated, self.limits.vocab_size)
+        matcher = self._stream_of(row.slot).matcher
+        mask = None if matcher is None else matcher.mask
+        packed = batch.pack_edits(row.slot, row.params, prompt, generated, self.limits.vocab_size, mask)
         self._runner.run(("edit_slot", 1), packed)
+
+    def _mask(self, slots: list[int]) -> None:
+        """Writes what the grammars of these slots allow next."""
+        vocab = self.limits.vocab_size
+        masks = [self._stream_of(slot).mask(vocab) for slot in slots]
+        bucket = bucket_for(self._mask_buckets, len(slots))
+        self._runner.run(("mask_slots", bucket), batch.pack_masks(slots, masks, bucket, vocab))
+
+    def _stream_of(self, slot: int) -> Stream:
+        sequence = self.scheduler.holder(slot)
+        assert sequence is not None
+        return self._streams[sequence]
 
     def _dispatch_prefill(self, flight: _Flight) -> None:
         rows = flight.plan.prefill
@@ -405,9 +509,12 @@ class Engine:
                     targets[start : start + len(row.tokens)] = row.targets
                 start += len(row.tokens)
             flight.prompt_logprobs = self._runner.run(("prompt_logprobs", bucket), targets)
+        if any(row.pooling is not None for row in rows):
+            packed = batch.pack_spans(_spans(rows), self._prefill_rows[bucket])
+            flight.embeddings = self._runner.run(("embed", bucket), packed)
 
-    def _read(self, flight: _Flight, *arrays: jax.Array | None) -> list[NDArray[np.int32]]:
-        """Waits for results, each i32[.., RESULT_WIDTH]; an empty array for None."""
+    def _read(self, flight: _Flight, *arrays: jax.Array | None) -> list[NDArray[Any]]:
+        """Waits for results; an empty i32[0, RESULT_WIDTH] for None."""
         begin = time.perf_counter()
         none = np.zeros((0, batch.RESULT_WIDTH), np.int32)
         with self._watched(flight):
@@ -426,7 +533,9 @@ class Engine:
         """First tokens are read and sent while the step's decode still runs."""
         plan = flight.plan
         if plan.prefill:
-            prefill, prompt = self._read(flight, flight.prefill, flight.prompt_logprobs)
+            prefill, prompt, states = self._read(
+                flight, flight.prefill, flight.prompt_logprobs, flight.embeddings
+            )
             results = batch.unpack_results(prefill[: len(plan.prefill)])
             events = self.scheduler.commit_prefill(plan, results.tokens)
             if self.on_chunk is not None:
@@ -440,6 +549,8 @@ class Engine:
                     if plan.prefill[i].first:
                         stream.begin_prompt_logprobs()
                     stream.prompt_logprobs(prompt_results, int(starts[i]), len(plan.prefill[i].tokens))
+                if plan.prefill[i].pooling is not None:
+                    self._streams[sequence].add_states(states[i], first=plan.prefill[i].first)
             self._send(events, results, 0)
         (decode,) = self._read(flight, flight.decode)
         if plan.decode is not None:
@@ -463,3 +574,21 @@ class Engine:
             if finish is not None:
                 del self._streams[sequence]
                 self._rate.ended(self._busy)
+            elif stream.matcher is not None:
+                self._masks.advance(sequence, stream.matcher, token)
+
+
+def _spans(rows: Seq[PrefillRow]) -> list[tuple[int, int]]:
+    """Of each row, the packed tokens whose hidden states are wanted."""
+    spans, start = [], 0
+    for row in rows:
+        end = start + len(row.tokens)
+        match row.pooling:
+            case Pooling.MEAN:
+                spans.append((start, end))
+            case Pooling.LAST if row.last:
+                spans.append((end - 1, end))
+            case _:
+                spans.append((0, 0))
+        start = end
+    return spans

@@ -35,6 +35,7 @@ class Output:
     error: the engine failed and the sequence with it; `finish_reason` is then ABORT.
     param: with `error`, the request's field that is at fault, where the engine is not.
     cached_tokens: in the first increment of this index: prompt tokens that came from the prefix cache.
+    admitted: in the first increment of this index: when it first got a slot, by `time.monotonic()`.
     cumulative_logprob: of all its tokens, in its last increment, when the best of several are chosen.
     from_cache: the whole answer comes from the response cache.
     embedding: f32[D], of a request with `pooling`, in its only increment; of any length.
@@ -51,6 +52,7 @@ class Output:
     error: str | None = None
     param: str | None = None
     cached_tokens: int = 0
+    admitted: float | None = None
     cumulative_logprob: float | None = None
     from_cache: bool = False
     embedding: NDArray[np.float32] | None = None

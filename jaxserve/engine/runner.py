@@ -7,6 +7,7 @@ too: `follower.py` runs the same arrays, in the same order, in the other process
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ from jaxserve.engine.buckets import PAGES_MOVED
 from jaxserve.engine.programs import Key, Programs
 from jaxserve.engine.state import EngineState
 from jaxserve.models.decoder import Params
+
+OF_PREFILL = ("prompt_logprobs", "embed")  # what reads the hidden states of the prefill just before
 
 
 class Runner:
@@ -29,19 +32,24 @@ class Runner:
         self._hidden: jax.Array | None = None  # of the prefill that ran last, until something else runs
 
     def run(self, key: Key, packed: NDArray[np.int32]) -> jax.Array | None:
-        """Dispatches a program on `packed` (see `batch`). Its results, i32[.., RESULT_WIDTH], if it has any.
+        """Dispatches a program on `packed` (see `batch`). Its results, i32[.., RESULT_WIDTH] or those of
+        `Steps.embed`, if it has any.
 
         Raises KeyError for a program that is not there, and what the device raises.
         """
-        program, hidden, self._hidden = self.programs[key], self._hidden, None
+        program, hidden = self.programs[key], self._hidden
+        if key[0] not in OF_PREFILL:
+            self._hidden = None
         results: jax.Array | None = None
         match key[0]:
-            case "edit_slot":
+            case "edit_slot" | "mask_slots":
                 self._state = program(self._state, packed)
             case "prefill":
                 self._state, results, self._hidden = program(self._params, self._state, packed)
-            case "prompt_logprobs":  # of the prefill just before
+            case "prompt_logprobs":
                 results = program(self._params, hidden, packed)
+            case "embed":
+                results = program(hidden, packed)
             case "decode":
                 self._state, results = program(self._params, self._state, packed)
             case kind:
@@ -69,7 +77,7 @@ class Runner:
         """A block of another pool's pages, on this one's devices."""
         return jax.device_put(block, self._place)
 
-    def read(self, results: jax.Array) -> NDArray[np.int32]:
+    def read(self, results: jax.Array) -> NDArray[Any]:
         """Waits for results."""
         return np.asarray(results)
 

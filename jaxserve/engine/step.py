@@ -224,6 +224,19 @@ class Steps:
             bias=state.bias.at[slot].set(bits(bias, jnp.float32)),
         )
 
+    def mask_slots(self, state: EngineState, packed: Int[Array, "B n"]) -> EngineState:
+        """The state with other tokens allowed in some slots; see `batch.pack_masks`."""
+        slots, words = packed[:, 0], jax.lax.bitcast_convert_type(packed[:, 1:], jnp.uint32)
+        return dataclasses.replace(state, allowed=_scatter(state.allowed, slots, slots >= 0, words))
+
+    def embed(self, hidden: Float[Array, "T D"], packed: Int[Array, "R 2"]) -> Float[Array, "R D"]:
+        """f32, the sum of the hidden states of each span; see `batch.pack_spans`."""
+        places = jnp.arange(hidden.shape[0], dtype=jnp.int32)[None, :]
+        within = (places >= packed[:, :1]) & (places < packed[:, 1:])
+        return jnp.matmul(
+            within.astype(jnp.float32), hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+
     def prompt_logprobs(
         self, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
     ) -> Int[Array, "T result"]:

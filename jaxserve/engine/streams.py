@@ -5,10 +5,14 @@ Knows nothing of slots, pages or programs.
 
 from __future__ import annotations
 
-from jaxserve.engine.batch import Results
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.engine.batch import Results, allowed_words
 from jaxserve.engine.outputs import Output, Sink, TokenLogprob
-from jaxserve.scheduler.types import Finish, Sequence
+from jaxserve.scheduler.types import Finish, Pooling, Sequence
 from jaxserve.text.detokenizer import Detokenizer
+from jaxserve.text.grammars import Matcher
 from jaxserve.text.stop_strings import StopStrings
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -33,6 +37,8 @@ class Stream:
         self._ranked = params.sequences > params.n  # the best n are chosen by this
         self._cumulative = 0.0
         self._sequence = sequence
+        self.matcher: Matcher | None = None if request.grammar is None else request.grammar.start()
+        self._embedding: NDArray[np.float32] | None = None
         self._started = False
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._prompt_top = params.prompt_logprobs or 0
@@ -50,6 +56,18 @@ class Stream:
                 token_logprob(results, row, self._prompt_top) for row in rows if results.tokens[row] >= 0
             ]
 
+    def mask(self, vocab_size: int) -> NDArray[np.int32]:
+        """i32[W], the tokens that its grammar and `allowed_token_ids` both allow next."""
+        assert self.matcher is not None
+        params = self._sequence.request.params
+        if params.allowed_token_ids is None:
+            return self.matcher.mask
+        return self.matcher.mask & allowed_words(params, vocab_size)
+
+    def add_states(self, states: NDArray[np.float32], *, first: bool) -> None:
+        """Takes in the sum of a chunk's hidden states, f32[D]. first: of its prompt."""
+        self._embedding = states if first or self._embedding is None else self._embedding + states
+
     def push(self, token: int, finish: Finish | None, results: Results, row: int) -> bool:
         """Sends what `token` (-1: none) completes. True if a stop string ended the sequence here."""
         output = Output(self._request_id, self._index, finish_reason=finish)
@@ -57,6 +75,7 @@ class Stream:
         if not self._started:
             self._started = True
             output.cached_tokens = self._sequence.cached
+            output.admitted = self._sequence.admitted_at
         if token >= 0:
             output.token_ids.append(token)
             if self._logprobs is not None:
@@ -69,6 +88,9 @@ class Stream:
         output.text = text
         if stopped is not None:
             output.finish_reason, output.stop_reason = Finish.STOP, stopped
+        if self._embedding is not None and finish is not None:
+            mean = self._sequence.request.pooling is Pooling.MEAN
+            output.embedding = self._embedding / np.float32(self._sequence.prompt_len if mean else 1)
         if self._ranked and output.finish_reason is not None:
             output.cumulative_logprob = self._cumulative
         self._sink(output)
@@ -90,9 +112,11 @@ class Stream:
             text += self._stops.flush()
         return text, stopped
 
-    def end(self, finish: Finish = Finish.ABORT, *, error: str | None = None) -> None:
+    def end(
+        self, finish: Finish = Finish.ABORT, *, error: str | None = None, param: str | None = None
+    ) -> None:
         """Sends the last increment of a sequence that was aborted, too late or lost."""
-        self._sink(Output(self._request_id, self._index, finish_reason=finish, error=error))
+        self._sink(Output(self._request_id, self._index, finish_reason=finish, error=error, param=param))
 
 
 def token_logprob(results: Results, row: int, top: int) -> TokenLogprob:

@@ -35,6 +35,7 @@ def prefill_row(
         prompt=prompt.copy() if first and params.repetition_penalty != 1.0 else None,
         forced=sequence.output[0] if last and replay and sequence.output else -1,
         generated=generated,
+        pooling=request.pooling,
     )
 
 

@@ -37,6 +37,7 @@ from jaxserve.scheduler.types import (
     PrefillRow,
     Request,
     Sequence,
+    SlotView,
     Status,
     StepPlan,
     Tier,
@@ -221,6 +222,45 @@ class Scheduler:
         """
         positions = max(len(request.prompt_token_ids), request.max_total_tokens - 1)
         return -(-positions // self.page_size)
+
+    def holder(self, slot: int) -> Sequence | None:
+        """The sequence that holds a slot."""
+        sequence: Sequence | None = self._slots.sequences[slot]
+        return sequence
+
+    def masked(self, slots: NDArray[np.int32]) -> list[int]:
+        """Those of the slots whose holder has a grammar."""
+        return slots[self._slots.masked[slots]].tolist()
+
+    def allow(self, sequence: Sequence) -> None:
+        """A sequence with a grammar may draw again: what it drew last was followed."""
+        sequence.waits = False
+        if sequence.slot >= 0:
+            self._slots.waits[sequence.slot] = False
+
+    def view(self) -> list[SlotView]:
+        """Who holds the slots, in order. Any thread may ask; what changes meanwhile may be missed."""
+        views = []
+        for slot, sequence in enumerate(self._slots.sequences.tolist()):
+            if sequence is None:
+                continue
+            pages = list(sequence.pages)
+            views.append(
+                SlotView(
+                    slot=slot,
+                    request_id=sequence.request.request_id,
+                    index=sequence.index,
+                    tier=sequence.request.tier,
+                    status=sequence.status,
+                    prompt=sequence.prompt_len,
+                    computed=min(sequence.computed, sequence.prompt_len),
+                    cached=sequence.cached,
+                    generated=len(sequence.output),
+                    pages=len(pages),
+                    shared=int(np.count_nonzero(self.pages.references(pages) > 1)) if pages else 0,
+                )
+            )
+        return views
 
     # -- pages that come from elsewhere ----------------------------------------------------------------
 
@@ -435,6 +475,8 @@ class Scheduler:
         self._room.enter(sequence, promise, hoped)
         sequence.status = Status.PREFILL
         sequence.admitted = self._admitted
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._now
         self._admitted += 1
         bisect.insort(self._prefilling, (sequence.rank, sequence))
         self._counts[f"running_{sequence.request.tier}"] += 1
@@ -449,7 +491,7 @@ class Scheduler:
         lowest-ranked sequences if need be. Returns the plan's decode steps."""
         state = self._slots
         while True:
-            slots = np.flatnonzero(state.to_sample)
+            slots = state.decodable()
             if not len(slots):
                 return 1
             steps = self._choose_steps(slots)
@@ -498,7 +540,8 @@ class Scheduler:
         for _, sequence in list(self._prefilling):
             if not budget or len(rows) == self.max_prefill_rows:
                 break
-            if sequence.slot < 0:  # it gave its pages to one that came before it here
+            # it gave its pages to one that came before it here, or may not draw what would follow
+            if sequence.slot < 0 or self._slots.waits[sequence.slot]:
                 continue
             if sequence.matched < 0:
                 if self._sharing.should_wait(sequence):
@@ -562,6 +605,9 @@ class Scheduler:
             return
         sequence.sampled += 1
         self._slots.start_decoding(sequence)
+        if self._slots.masked[sequence.slot] and not (self._replay and sequence.output):
+            self._slots.waits[sequence.slot] = True
+            return
         full = sequence.prefill_len == len(sequence.pages) * self.page_size
         if full and sequence.sampled < sequence.max_new_tokens:
             if self.pages.free:
@@ -573,7 +619,7 @@ class Scheduler:
 
     def _plan_decode(self, steps: int) -> DecodeRows | None:
         state = self._slots
-        slots = np.flatnonzero(state.to_sample)
+        slots = state.decodable()
         if self._no_page:
             slots = np.setdiff1d(slots, self._no_page)
         if not len(slots):
@@ -581,6 +627,9 @@ class Scheduler:
         positions = state.position[slots]
         sequences: list[Sequence] = state.sequences[slots].tolist()
         forced = self._forced(slots, sequences) if self._replay else None
+        masked = state.masked[slots]
+        if masked.any():  # who draws has to be followed before it draws again; who replays was
+            state.waits[slots[masked if forced is None else masked & (forced == NO_TOKEN)]] = True
         if steps == 1:
             state.position[slots] += 1
             state.to_sample[slots] -= 1
@@ -678,6 +727,7 @@ class Scheduler:
         else:
             self._check_drawn(token)
             sequence.output.append(token)
+            sequence.waits = bool(self._slots.masked[row.slot])
             self._slots.to_read[row.slot] -= 1
             if token in sequence.request.stop_token_ids:
                 finish = Finish.STOP
@@ -720,6 +770,8 @@ class Scheduler:
         tokens: list[int] = drawn.tolist()
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.output.append(token)
+        for i in np.flatnonzero(state.masked.take(slots)).tolist():
+            sequences[i].waits = True
         if self._cache_generated:
             # all but the token just drawn have entered; where they fill a page, it becomes known
             entered = state.length_limit.take(slots) - to_read - 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxserve.scheduler.prefix_cache import PrefixCache, extend_digests, root_digest, shared_root
-from jaxserve.scheduler.types import Request, Sequence
+from jaxserve.scheduler.types import Pooling, Request, Sequence
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,9 +58,9 @@ class Sharing:
 
     def matchable(self, sequence: Sequence) -> int:
         """Pages that it may take from the cache: not all, because one token at least must be computed, and
-        none while it wants its prompt's logprobs, because these come from computing it."""
+        none while it wants its prompt's logprobs or their mean, because these come from computing it."""
         digests = self._digests(sequence)
-        if digests is None or wants_scores(sequence):
+        if digests is None or wants_scores(sequence) or sequence.request.pooling is Pooling.MEAN:
             return 0
         return min((sequence.prefill_len - 1) // self._page_size, len(digests))
 

@@ -28,7 +28,9 @@ class Slots:
     to_skip: i32[max_slots], of the tokens to come, the first ones that are a replay: nobody's news.
     length_limit: i32[max_slots], prompt and generated tokens together.
     stop_tokens: i32[max_slots, MAX_STOP_TOKENS], filled up with -1.
-    one_step: bool[max_slots], its tokens are wanted one by one: it has stop strings.
+    one_step: bool[max_slots], its tokens are wanted one by one: it has stop strings or a grammar.
+    masked: bool[max_slots], it has a grammar: what it may draw next follows from what it drew before.
+    waits: bool[max_slots], of these: it draws nothing until `Scheduler.allow` says so.
     epoch: i64[max_slots], raised at every release: a row planned in an earlier epoch is void.
     """
 
@@ -44,6 +46,8 @@ class Slots:
         self.length_limit = np.zeros(max_slots, np.int32)
         self.stop_tokens = np.full((max_slots, MAX_STOP_TOKENS), -1, np.int32)
         self.one_step = np.zeros(max_slots, np.bool_)
+        self.masked = np.zeros(max_slots, np.bool_)
+        self.waits = np.zeros(max_slots, np.bool_)
         self.epoch = np.zeros(max_slots, np.int64)
         self._stop_columns = 0  # the most stop tokens that any holder had: the columns worth comparing
         self._free = list(range(max_slots))  # a heap: the lowest slot goes first, so batches stay dense
@@ -69,7 +73,9 @@ class Slots:
         self.length_limit[slot] = sequence.request.max_total_tokens
         stop = sequence.request.stop_token_ids
         self.stop_tokens[slot, : len(stop)] = stop
-        self.one_step[slot] = bool(sequence.request.params.stop)
+        self.masked[slot] = masked = sequence.request.grammar is not None
+        self.waits[slot] = sequence.waits
+        self.one_step[slot] = masked or bool(sequence.request.params.stop)
         self._stop_columns = max(self._stop_columns, len(stop))
         sequence.slot = slot
 
@@ -87,6 +93,10 @@ class Slots:
         self.to_sample[slot] = sequence.max_new_tokens - sequence.sampled
         self.to_force[slot] = max(len(sequence.output) - sequence.sampled, 0)
 
+    def decodable(self) -> NDArray[np.intp]:
+        """The slots that can draw in the next step."""
+        return np.flatnonzero((self.to_sample > 0) & ~self.waits)
+
     def release(self, sequence: Sequence) -> None:
         """Voids the slot and every row that was planned for it."""
         slot = sequence.slot
@@ -97,7 +107,7 @@ class Slots:
         self.to_force[slot] = 0
         self.to_skip[slot] = 0
         self.stop_tokens[slot] = -1
-        self.one_step[slot] = False
+        self.one_step[slot] = self.masked[slot] = self.waits[slot] = False
         self.epoch[slot] += 1
         heapq.heappush(self._free, slot)
         sequence.slot = -1
@@ -118,12 +128,16 @@ class Slots:
                 ahead = (self.to_sample[slot], self.to_force[slot], self.to_skip[slot], self.pages[slot])
                 require(not any(ahead), f"free slot {slot} would be decoded, or has pages")
                 require(bool((self.tables[slot] == -1).all()), f"free slot {slot} has a table")
+                require(not (self.masked[slot] or self.waits[slot]), f"free slot {slot} waits for a mask")
             else:
                 require(sequence.slot == slot, f"slot {slot} is held by a sequence of slot {sequence.slot}")
                 self._check_row(slot, sequence)
 
     def _check_row(self, slot: int, sequence: Sequence) -> None:
         pages, table = sequence.pages, self.tables[slot].tolist()
+        require(self.masked[slot] == (sequence.request.grammar is not None), f"slot {slot}: masked is wrong")
+        require(self.masked[slot] or not self.waits[slot], f"slot {slot} waits for no mask")
+        require(self.waits[slot] or not sequence.waits, f"slot {slot} draws before its mask is known")
         require(table == pages + [-1] * (len(table) - len(pages)), f"slot {slot}: table is not its pages")
         require(self.pages[slot] == len(pages), f"slot {slot}: {self.pages[slot]} pages, not {len(pages)}")
         output = len(sequence.output)

@@ -11,7 +11,7 @@ import enum
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,15 @@ class StructuredOutputs:
                 raise RequestError(f"{name} must be a text", param=f"structured_outputs.{name}")
         if self.choice is not None and not (self.choice and all(isinstance(c, str) for c in self.choice)):
             raise RequestError("choice must be a list of texts", param="structured_outputs.choice")
+
+    def source(self) -> tuple[str, str]:
+        """What is given, and its text: a JSON list for `choice`, for json_object a schema."""
+        if self.json_object:
+            return "json", '{"type": "object"}'
+        if self.choice is not None:
+            return "choice", json.dumps(self.choice)
+        name = next(name for name in ("json", "regex", "grammar") if getattr(self, name) is not None)
+        return name, getattr(self, name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,8 +331,11 @@ def check_request(
     grammar: Any = None,
     pooling: Pooling | None = None,
 ) -> Request:
-    """The validated request. `pooling` needs max_tokens=0. Raises `RequestError` naming the field at fault, as HTTP names it: tier is
-    `service_tier` there, deadline is `timeout`, salt is `cache_salt`."""
+    """The validated request; `pooling` needs max_tokens=0.
+
+    Raises `RequestError` naming the field at fault, as HTTP names it: tier is `service_tier` there, deadline
+    is `timeout`, salt is `cache_salt`.
+    """
     _check_place(tier, priority, deadline, salt)
     ids = _prompt_ids(prompt_token_ids, limits.vocab_size)
     length = len(ids)
@@ -467,6 +479,8 @@ class Sequence:
     output: list[int] = dataclasses.field(default_factory=list)
     finish: Finish | None = None
     cached: int = 0  # prompt tokens that came from the prefix cache when it was first admitted
+    waits: bool = False  # it has a grammar, and what it drew last was read and has not been followed yet
+    admitted_at: float | None = None  # when that was
     # the scheduler's own
     rank: tuple[bool, float, int] = (False, 0.0, 0)  # whose turn it is: the least first
     admitted: int = 0  # the admission's number
@@ -512,6 +526,7 @@ class PrefillRow:
         preemption; -1: draw.
     generated: i32[k], the tokens generated before a preemption that are now computed as if they were prompt;
         in the first row, if a penalty counts them.
+    pooling: its hidden states are to become one vector.
     """
 
     slot: int
@@ -529,6 +544,7 @@ class PrefillRow:
     prompt: NDArray[np.int32] | None = None  # i32[prompt_len], in the first row if a penalty needs it
     forced: int = -1
     generated: NDArray[np.int32] | None = None
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -565,7 +581,8 @@ class StepPlan:
         return not self.prefill and self.decode is None
 
 
-class SlotView(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class SlotView:
     """A held slot, for people to look at.
 
     status: prefill or decode. prompt, computed, cached, generated: tokens; `computed` of the prompt, of which

@@ -18,6 +18,7 @@ from jaxserve.engine import batch
 from jaxserve.engine.buckets import (
     MAX_PREFILL_ROWS,
     decode_buckets,
+    mask_buckets,
     prefill_buckets,
     register_programs,
 )
@@ -253,7 +254,9 @@ def test_every_kind_is_registered(compiled: Compiled) -> None:
     programs, prefill = compiled.programs, list(compiled.plan.prefill_rows)
     assert programs.buckets("decode") == decode_buckets(OPTIONS.max_slots)
     assert programs.buckets("prefill") == programs.buckets("prompt_logprobs") == prefill
+    assert programs.buckets("embed") == prefill
     assert programs.buckets("edit_slot") == [1]
+    assert programs.buckets("mask_slots") == mask_buckets(OPTIONS.max_slots)
     kinds = {kind for kind, _ in programs.keys()}
-    assert kinds == {"decode", "prefill", "prompt_logprobs", "edit_slot"}
+    assert kinds == {"decode", "prefill", "prompt_logprobs", "embed", "edit_slot", "mask_slots"}
     assert compiled.plan.shape.pages_per_slot == 16

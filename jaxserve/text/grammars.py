@@ -1,0 +1,293 @@
+"""Structured output: what a reply must look like, as a mask over the vocabulary for each of its tokens.
+
+llguidance compiles the grammar and finds the masks. What a client sends is first given to a process of its
+own (`grammar_judge.py`): some texts of a few hundred kilobytes make the library overflow its stack, others
+keep it busy for minutes. What passes there is compiled here, on a thread. Grammars are kept for the next
+request that wants the same one.
+
+Knows nothing of slots and steps; the engine asks `Masks` for the next mask and is told when it is there.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxserve.text.grammar_judge import Judge, JudgeError, limits
+from jaxserve.text.tokenizer import Tokenizer
+
+MAX_TEXT = 2**20  # bytes of a grammar
+COMPILE_SECONDS = 10.0  # that a grammar may take
+MAX_COMPILING = 32  # grammars that wait to be compiled
+KEPT, KEPT_BYTES = 256, 16 * 2**20  # grammars, and bytes of their texts, that are remembered
+STACK_BYTES = 512 * 2**20  # of address space: only what is used takes memory
+COMPILERS = 2
+MASK_THREADS = min(4, os.cpu_count() or 1)
+JSON_SPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"  # between JSON's tokens: no reply is filled with blanks
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be compiled, or not within the limits."""
+
+
+class TooManyGrammars(RuntimeError):
+    """So many grammars wait to be compiled that one more is refused."""
+
+
+def _json(schema: str) -> str:
+    if schema.lstrip()[:1] not in ("{", "t", "f"):  # true and false are schemas too
+        raise GrammarError("a JSON schema is an object")
+    options: Any = {"whitespace_pattern": JSON_SPACE, "lenient": False}
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except ValueError as error:
+        raise GrammarError(f"this is not a JSON schema: {_short(error)}") from None
+
+
+def _escape(text: str) -> str:
+    """For Rust's regular expressions: every character that may mean something else, by its number."""
+    return "".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+# what a grammar is given as -> its text for llguidance
+KINDS: Mapping[str, Callable[[str], str]] = {
+    "json": _json,  # a schema
+    "regex": llguidance.LLMatcher.grammar_from_regex,
+    "choice": lambda choices: llguidance.LLMatcher.grammar_from_regex(
+        "|".join(map(_escape, json.loads(choices)))
+    ),
+    "grammar": llguidance.LLMatcher.grammar_from_lark,
+}
+
+
+class Grammar:
+    """A compiled grammar. Each sequence gets a matcher of its own.
+
+    mask: i32[W], bit t of the words is set where token t may come first. size: of its text, in bytes.
+    """
+
+    def __init__(self, size: int, matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> None:
+        self.size = size
+        self.mask = mask
+        self._matcher = matcher
+        self._lock = threading.Lock()
+
+    def start(self) -> Matcher:
+        with self._lock:
+            return Matcher(self._matcher.deep_copy(), self.mask)
+
+
+class Matcher:
+    """Where one reply stands in its grammar.
+
+    mask: i32[W], of the next token. complete: nothing but an end token can follow. error: why no mask could
+    be found.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> None:
+        self.mask = mask
+        self.complete = False
+        self.error: str | None = None
+        self._matcher = matcher
+
+    def advance(self, token: int) -> None:
+        """Takes in a token that the mask allowed, and finds the next mask."""
+        if self._matcher.consume_token(token):
+            self.complete = self._matcher.is_stopped()
+            if not self.complete:
+                mask = np.zeros_like(self.mask)
+                self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                self.mask = mask
+        if self._matcher.is_error():
+            self.error = f"the grammar cannot be followed: {_short(self._matcher.get_error())}"
+        elif not self.complete and not self.mask.any():
+            self.error = "the grammar allows no further token"
+
+
+class Grammars:
+    """Compiles grammars over a tokenizer's vocabulary. Any thread may ask.
+
+    vocab_size: the model's, which may be padded beyond the tokenizer's. Raises ValueError for a tokenizer
+    that llguidance does not understand.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._source = ""  # the tokenizer's JSON, once somebody wants a grammar
+        self._vocab_size = max(vocab_size, tokenizer.vocab_size)
+        self._words = -(-vocab_size // 32)
+        self._end_tokens = [token for token in end_tokens if token < self._vocab_size]
+        self._kept: collections.OrderedDict[tuple[str, bytes], Grammar] = collections.OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._made: llguidance.LLTokenizer | None = None
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
+        self._judges: list[Judge] = []
+
+    def compile(self, kind: str, text: str) -> Grammar:
+        """The grammar of a text: see KINDS.
+
+        Blocks while it is compiled, at most COMPILE_SECONDS and some. Raises GrammarError, and
+        TooManyGrammars.
+        """
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise GrammarError(f"it is not Unicode: {error.reason}") from None
+        if len(data) > MAX_TEXT:
+            raise GrammarError(f"it has {len(data)} bytes; at most {MAX_TEXT}")
+        key = kind, hashlib.blake2b(data, digest_size=32).digest()
+        with self._lock:
+            if (found := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return found
+            if self._waiting >= MAX_COMPILING:
+                raise TooManyGrammars(f"{self._waiting} grammars wait to be compiled")
+            self._waiting += 1
+            if self._threads is None:
+                self._start()
+            assert self._threads is not None
+            compiling = self._threads.submit(self._compile, kind, text, len(data))
+        try:
+            made = compiling.result()
+        finally:
+            with self._lock:
+                self._waiting -= 1
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = made
+                self._kept_bytes += made.size
+            while len(self._kept) > KEPT or self._kept_bytes > KEPT_BYTES:
+                _, old = self._kept.popitem(last=False)
+                self._kept_bytes -= old.size
+        return made
+
+    def close(self) -> None:
+        with self._lock:
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
+        for judge in self._judges:
+            judge.close()
+
+    def _start(self) -> None:
+        self._source = self._tokenizer.backend.to_str()
+        free = collections.deque[Judge]()
+        for _ in range(COMPILERS):
+            free.append(Judge(self._source, self._vocab_size, self._end_tokens))
+        self._judges = list(free)
+        self._free = free
+        with big_stacks():
+            self._threads = concurrent.futures.ThreadPoolExecutor(
+                COMPILERS, "jaxserve-grammar", initializer=_give_way
+            )
+            for _ in range(COMPILERS):  # threads are made by what is submitted
+                self._threads.submit(lambda: None)
+
+    def _compile(self, kind: str, given: str, size: int) -> Grammar:
+        text = KINDS[kind](given)
+        judge = self._free.popleft()  # as many as there are threads
+        try:
+            judge.check(text, COMPILE_SECONDS)
+        except JudgeError as error:
+            raise GrammarError(_short(error)) from None
+        finally:
+            self._free.append(judge)
+        matcher = llguidance.LLMatcher(self._tokens(), text, log_level=0, limits=limits())
+        if matcher.is_error():
+            raise GrammarError(_short(matcher.get_error()))
+        mask = np.zeros(self._words, np.int32)
+        full = np.zeros(-(-self._vocab_size // 32), np.int32)
+        matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
+        if matcher.is_error():
+            raise GrammarError(_short(matcher.get_error()))
+        mask[:] = full[: self._words]
+        if not mask.any():
+            raise GrammarError("no text can follow it")
+        return Grammar(size, matcher, mask)
+
+    def _tokens(self) -> llguidance.LLTokenizer:
+        with self._lock:
+            if self._made is None:
+                self._made = llguidance.LLTokenizer(
+                    self._source, n_vocab=self._vocab_size, eos_token=self._end_tokens or None
+                )
+            return self._made
+
+
+class Masks:
+    """Finds the masks of replies on threads of its own, beside the device's step.
+
+    ready: called on such a thread with (whose, matcher) once the matcher has taken its token in.
+    """
+
+    def __init__(self, ready: Callable[[Any, Matcher], None]) -> None:
+        self._ready = ready
+        self._jobs: collections.deque[tuple[Any, Matcher, int]] = collections.deque()
+        self._wake = threading.Semaphore(0)
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+
+    def advance(self, whose: Any, matcher: Matcher, token: int) -> None:
+        if not self._threads:
+            self._start()
+        self._jobs.append((whose, matcher, token))
+        self._wake.release()
+
+    def close(self) -> None:
+        self._closing = True
+        for _ in self._threads:
+            self._wake.release()
+
+    def _start(self) -> None:
+        with big_stacks():
+            for number in range(MASK_THREADS):
+                thread = threading.Thread(target=self._run, name=f"jaxserve-masks-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.acquire()
+            if self._closing:
+                return
+            whose, matcher, token = self._jobs.popleft()
+            try:
+                matcher.advance(token)
+            except Exception as error:  # the sequence hears of it; the thread goes on for the others
+                matcher.error = f"the grammar cannot be followed: {_short(error)}"
+            self._ready(whose, matcher)
+
+
+@contextlib.contextmanager
+def big_stacks() -> Iterator[None]:
+    """Threads that start in here can recurse as deeply as a grammar that passed its judge needs."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def _give_way() -> None:
+    """This thread runs when nobody else wants the processor: a step is worth more than a new grammar."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _short(error: object) -> str:
+    """llguidance's message without the grammar that it repeats."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
