@@ -16,6 +16,7 @@ import tokenizers.processors
 
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.pieces import pieces_of
+from jaxserve.text.special_text import SpecialText
 
 
 class TokenizerError(ValueError):
@@ -48,6 +49,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.pieces = pieces_of(backend)
         added = backend.get_added_tokens_decoder()
+        self._special_text = SpecialText(backend)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
@@ -104,9 +106,18 @@ class Tokenizer:
         """`token_bytes` as text, with U+FFFD for parts of characters."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def token_id(self, text: str) -> int | None:
+        """Of the one token that has this text, if there is one."""
+        return self.backend.token_to_id(text)
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
+
+    @property
+    def chat_template_source(self) -> str | None:
+        """The template, for clients that render it themselves."""
+        return None if self.chat_template is None else self.chat_template.source
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -115,8 +126,13 @@ class Tokenizer:
         if self.chat_template is None:
             raise ChatTemplateError("the model has no chat template: use completions")
         tools = variables.pop("tools", None)
+        continued = variables.pop("continue_final_message", False)
         return self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continued,
+            tools=tools,
+            variables=variables,
         )
 
     def apply_chat_template(
@@ -124,10 +140,16 @@ class Tokenizer:
     ) -> list[int]:
         """The prompt's token ids. The template writes BOS itself, so none is added.
 
-        As in transformers, the name of a special token within a message becomes that token: whoever may
-        write messages can write a turn of another role. Raises `ChatTemplateError` and `TokenizerError`.
+        The names of special tokens in what is given are text, unlike in transformers: see `special_text.py`.
+        Raises `ChatTemplateError` and `TokenizerError`.
         """
+        try:
+            messages, variables, found = self._special_text.shield(messages, variables)
+        except ValueError as error:
+            raise ChatTemplateError(str(error)) from None
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        if found:
+            return self._special_text.encode(text)
         return self.encode(text, add_special_tokens=False)
 
 
