@@ -76,6 +76,7 @@ class Device:
 
     prompts: seed -> its sequence's prompt and who may read it: a row that starts behind a cached prefix never
         sees the tokens of that. outputs: seed -> what was read back, kept up to date by the caller.
+    followed: seed -> how many of its tokens its grammar has taken in; it draws none before that.
     """
 
     def __init__(self, page_size: int, *, replay: bool = False) -> None:
@@ -85,6 +86,7 @@ class Device:
         self.rows: dict[int, Row] = {}
         self.prompts: dict[int, tuple[list[int], object]] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.followed: dict[int, int] = {}
         self.computed = 0  # prompt tokens
         self.plan = -1
 
@@ -189,6 +191,8 @@ class Device:
         self.check_reads(state, table)
         first = state.prefill
         state.last = draw(state.tokens, state.generated, first.seed, first)
+        if forced == NO_TOKEN and first.seed in self.followed:
+            assert len(state.tokens) == first.prompt_len + self.followed[first.seed]
         if forced != NO_TOKEN:
             assert state.last == forced  # it was drawn here before, and must be drawn again
         state.generated.append(state.last)

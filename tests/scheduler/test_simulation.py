@@ -71,6 +71,7 @@ class Trace:
         self.p_batch, self.p_deadline = rng.choice([0, 0.3, 0.7]), rng.choice([0, 0, 0.3])
         self.p_deposit = rng.choice([0, 0, 0.7])
         self.p_resize = rng.choice([0, 0.1])
+        self.p_masked, self.p_follow = rng.choice([0, 0, 0.4]), rng.choice([0.1, 0.5, 1.0])
         self.beginnings = [[rng.randrange(VOCAB) for _ in range(context)] for _ in range(rng.randint(1, 3))]
         self.now = 1000.0
         self.device = Device(self.page_size, replay=self.replay)
@@ -79,6 +80,7 @@ class Trace:
         self.received: dict[Sequence, list[int]] = {}
         self.targets: dict[Sequence, list[int]] = {}
         self.reasons: dict[Sequence, Finish] = {}
+        self.to_follow: list[Sequence] = []  # with a grammar, that drew a token which was not followed yet
         self.stats = self.scheduler.stats()
 
     def run(self) -> None:
@@ -99,6 +101,7 @@ class Trace:
 
     def turn(self) -> None:
         """One turn of an engine's loop."""
+        self.follow(self.p_follow)
         preempted = self.stats["preemptions"]
         plan = self.scheduler.plan(self.now)
         self.check()
@@ -106,9 +109,26 @@ class Trace:
             self.check_plan(plan, preempted != self.stats["preemptions"])
             self.in_flight.append((plan, pickle.dumps(plan), self.device.run(plan)))
         else:
-            assert self.in_flight or not self.scheduler.has_work, "nothing goes on"
+            going_on = self.in_flight or self.to_follow
+            assert going_on or not self.scheduler.has_work, "nothing goes on"
+            if not self.in_flight:
+                self.follow(1.0)
         if self.in_flight and (plan.empty or len(self.in_flight) > self.lag):
             self.read_back()
+
+    def follow(self, share: float) -> None:
+        """Grammars take in what was drawn, in any order."""
+        left = []
+        for sequence in self.to_follow:
+            if sequence in self.reasons:
+                continue
+            if self.rng.random() < share:
+                self.device.followed[sequence.seed] += 1
+                self.scheduler.allow(sequence)
+                self.check()
+            else:
+                left.append(sequence)
+        self.to_follow = left
 
     def check(self) -> None:
         self.scheduler.check_invariants()
@@ -153,10 +173,13 @@ class Trace:
             priority=rng.choice([0, 0, 0, -3, 5]),
             deadline=self.now + rng.uniform(0, 30) if rng.random() < self.p_deadline else None,
             salt=rng.choice([b"", b"", b"another"]),
+            grammar=object() if rng.random() < self.p_masked else None,
         )
         seeds = [1000 + len(self.sequences) + i for i in range(params.sequences)]
         for one in seeds:
             namespace = request.salt if self.prefix_cache else name
+            if request.grammar is not None:
+                self.device.followed[one] = 0
             self.device.prompts[one] = request.prompt_token_ids.tolist(), namespace
         if self.prefix_cache and rng.random() < self.p_deposit:
             self.deposit(request)
@@ -245,6 +268,8 @@ class Trace:
             self.scheduler.finish(sequence, Finish.STOP)
             self.check()
             self.reasons[sequence] = Finish.ABORT  # it got a prefix, as after an abort
+        elif token != NO_TOKEN and sequence.request.grammar is not None:
+            self.to_follow.append(sequence)
 
     def pages_of(self, sequence: Sequence) -> int:
         """By counting: the pages of the positions that a sequence can write."""
@@ -264,11 +289,14 @@ class Trace:
         decoded = set() if plan.decode is None else set(plan.decode.slots.tolist())
         for sequence in running:  # all that can be decoded was: its output is entirely dispatched
             if sequence.status is Status.DECODE and sequence.slot not in decoded:
+                if sequence.request.grammar is not None:  # what it drew last is in flight, or not followed
+                    continue
                 assert sequence.sampled == sequence.max_new_tokens or not self.scheduler.pages_free
         if plan.decode is not None and plan.decode.steps > 1:
             assert plan.decode.steps == self.multi_step and not plan.prefill
             assert all(s.status is Status.DECODE for s in running)
-            assert not any(s.request.params.stop for s in running if s.slot in decoded)
+            apart = (s.request.params.stop or s.request.grammar for s in running if s.slot in decoded)
+            assert not any(apart)
 
     def check_admission(self, plan: StepPlan, running: list[Sequence], waiting: list[Sequence]) -> None:
         def promised(sequences: list[Sequence]) -> int:

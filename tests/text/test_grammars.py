@@ -1,4 +1,4 @@
-"""Grammars over the embedded model's tokenizer: what finishes is what was wanted, what is hostile is refused."""
+"""Grammars over the embedded model's tokenizer: what ends is what was wanted, what is hostile is refused."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_closing_ends_the_judges(tokenizer: Tokenizer) -> None:
     started = [child for child in psutil.Process().children() if child.pid not in before]
     assert started
     grammars.close()
-    gone, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
 
 
