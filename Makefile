@@ -45,7 +45,7 @@ install: $(VENV)/.installed-test
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test $(VENV)-litellm/.installed
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test
@@ -73,6 +73,13 @@ $(VENV)/.made-%:
 	  echo "making $(VENV) with $(INTERPRETER) ($*)"; \
 	  rm -rf $(VENV) && $(INTERPRETER) -m venv $(VENV); fi
 	@rm -f $(VENV)/.made-* && touch $@
+
+# A client that needs an older openai than the other clients do.
+$(VENV)-litellm/.installed: $(VENV)/.installed
+	@if [ "$$($(@D)/bin/python -c '$(IDENTITY)' 2>/dev/null)" != "$$($(BIN)/python -c '$(IDENTITY)')" ]; then \
+	  echo "making $(@D)"; rm -rf $(@D) && $(BIN)/python -m venv $(@D); fi
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check litellm
+	@touch $@
 
 # The compilers of chips that are not here, one kind in each: they spoil an ordinary start of jax, so that they stay
 # out of .venv. Its jax, and for TPUs the libtpu that this jax names; NVIDIA's plugins without the CUDA libraries.

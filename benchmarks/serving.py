@@ -9,12 +9,16 @@ mixed: interactive requests at set times, alone and with batch work in all that 
 overload: ten times the capacity offered: what is refused, what admitted requests wait, what is left behind.
 reproducible: tokens per second at 1, 4, 16 and all slots, with `--reproducible` and without, alternating.
 objective: the same traffic under `--objective latency` and `throughput`.
+grammars: the intervals between tokens of half the slots, alone and while schemas are compiled in turn (20,000
+    values to choose from, deeply nested objects); and beside replies that follow a schema, against as many
+    that follow none. MODEL needs a tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -34,7 +38,7 @@ from benchmarks.peers import machine
 from jaxserve.build import build_engine
 from jaxserve.config import EngineOptions
 from jaxserve.engine.engine import Engine
-from jaxserve.scheduler.types import SamplingParams, Tier
+from jaxserve.scheduler.types import SamplingParams, StructuredOutputs, Tier
 
 ROOT = Path(__file__).resolve().parent.parent
 rng = np.random.default_rng(0)
@@ -248,6 +252,79 @@ def reproducible(options: Options) -> dict[str, Any]:
     return rows
 
 
+def grammars(options: Options) -> dict[str, Any]:
+    engine = options.engine()
+    half, rounds = options.slots // 2, 5
+    numbers = itertools.count()
+
+    def enum() -> str:
+        return json.dumps({"enum": [f"value {next(numbers)}" for _ in range(20_000)]})
+
+    def nested() -> str:
+        schema: dict[str, Any] = {"type": "string", "maxLength": next(numbers) % 1000 + 1}
+        for depth in range(40):
+            schema = {"type": "object", "properties": {f"a{depth}": schema}, "required": [f"a{depth}"]}
+        return json.dumps(schema)
+
+    def readers() -> load.Closed:
+        return load.Closed(
+            half, lambda on_end: load.submit(engine, prompt(engine, 64), greedy(128), on_end=on_end)
+        )
+
+    def beside(wanted: StructuredOutputs | None) -> load.Closed:
+        """As many more, each of 64 tokens."""
+        params = SamplingParams(max_tokens=64, structured_outputs=wanted, ignore_eos=wanted is None)
+        grammar = None if wanted is None else engine.compile_grammar(wanted)
+
+        def start(on_end: Callable[[Record], None]) -> Record:
+            return load.submit(engine, prompt(engine, 64), params, on_end=on_end, grammar=grammar)
+
+        return load.Closed(half, start)
+
+    compiled: list[float] = []
+
+    def compile_until(end: float) -> None:
+        while time.perf_counter() < end:
+            for text in (enum(), nested()):
+                begin = time.perf_counter()
+                engine.compile_grammar(StructuredOutputs(json=text))
+                compiled.append(time.perf_counter() - begin)
+
+    free = StructuredOutputs(json={"type": "array", "items": {"type": "string"}, "minItems": 500})
+    modes: dict[str, Callable[[float], Any]] = {
+        "alone": lambda seconds: time.sleep(seconds),
+        "compiling": lambda seconds: compile_until(time.perf_counter() + seconds),
+        "beside_plain": lambda seconds: _during(beside(None), seconds),
+        "beside_structured": lambda seconds: _during(beside(free), seconds),
+    }
+    engine.compile_grammar(free)
+    gaps: dict[str, list[float]] = {mode: [] for mode in modes}
+    for _ in range(rounds):
+        for mode, work in modes.items():
+            reading = readers()
+            time.sleep(1.0)
+            begin = time.perf_counter()
+            work(options.seconds / rounds)
+            end = time.perf_counter()
+            for record in reading.stop():
+                times = [at for at in record.times if begin <= at <= end]
+                gaps[mode] += np.diff(times).tolist()
+    rows: dict[str, Any] = {mode: load.percentiles(each) for mode, each in gaps.items()}
+    rows["grammars_compiled"] = len(compiled)
+    rows["compile_seconds"] = load.percentiles([seconds / 1e3 for seconds in compiled])
+    rows["itl_p99_compiling_over_alone"] = rows["compiling"]["p99"] / rows["alone"]["p99"]
+    rows["itl_p99_structured_over_plain"] = rows["beside_structured"]["p99"] / rows["beside_plain"]["p99"]
+    for name, row in rows.items():
+        say(f"{name}: {row}")
+    engine.close()
+    return rows
+
+
+def _during(work: load.Closed, seconds: float) -> None:
+    time.sleep(seconds)
+    work.stop()
+
+
 def objective(options: Options) -> dict[str, Any]:
     rows = {}
     for name in ("latency", "throughput"):
@@ -265,7 +342,7 @@ def objective(options: Options) -> dict[str, Any]:
     return rows
 
 
-SCENARIOS = {each.__name__: each for each in (prefix, mixed, overload, reproducible, objective)}
+SCENARIOS = {each.__name__: each for each in (prefix, mixed, overload, reproducible, objective, grammars)}
 
 
 @dataclasses.dataclass(frozen=True)

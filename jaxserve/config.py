@@ -9,6 +9,7 @@ of jax.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -145,10 +146,24 @@ class ServerOptions:
 
     host: the address to bind; beyond 127.0.0.1 give it a key.
     port: 0 takes a free one.
-    api_key: clients must send it as `Authorization: Bearer KEY`.
-    api_key_file: likewise, one key a line.
+    api_key: clients must send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+    api_key_file: likewise, one key a line, or `name: key` to have the name in the log; read again on SIGHUP.
     served_model_name: the name that requests give; None takes the last part of the folder or hub id.
     service_tier: of requests that name none: default runs first, flex in what the others leave free.
+    metrics_port: serves /metrics there too, without a key, and /health and /ready; 0 takes a free port.
+    cors_origin: web pages of these origins may use the server, comma-separated; * is every one.
+    drain_seconds: open requests get this long to end once the server is told to stop.
+    max_connections: open at once; one more is answered 503.
+    log_format: of the lines on stderr; json is one object a line.
+    log_level: info has a line for each request.
+    otel_endpoint: sends a trace of each request to this OTLP/HTTP address, e.g. http://127.0.0.1:4318; needs
+        the extra jaxserve[otel].
+    data_dir: where uploaded files and batch jobs lie, made when first used; None takes
+        $XDG_STATE_HOME/jaxserve, or ~/.local/state/jaxserve. One server at a time uses it.
+    max_file_size: of an uploaded file, in MB.
+    max_storage: of all files together, in MB.
+    tool_parser: the form that the model writes calls of tools in; auto tells by its chat template.
+    reasoning_parser: likewise its reasoning; think is `<think>...</think>`.
     """
 
     host: str = "127.0.0.1"
@@ -157,11 +172,40 @@ class ServerOptions:
     api_key_file: str | None = None
     served_model_name: str | None = None
     service_tier: Literal["default", "flex"] = "default"
+    metrics_port: int | None = None
+    cors_origin: str | None = None
+    drain_seconds: float = 30.0
+    max_connections: int = 4096
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otel_endpoint: str | None = None
+    data_dir: str | None = None
+    max_file_size: int = 200
+    max_storage: int = 20_000
+    tool_parser: Literal["auto", "hermes", "llama3", "mistral", "none"] = "auto"
+    reasoning_parser: Literal["auto", "think", "none"] = "auto"
 
     def __post_init__(self) -> None:
         _check_types(self)
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port={self.port} must lie in [0, 65535]")
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("metrics_port", 0, 65535),
+            ("drain_seconds", 0.0, 86400.0),
+            ("max_connections", 1, 2**20),
+            ("max_file_size", 1, 2**20),
+            ("max_storage", 1, 2**30),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')}={value} must lie in [{low}, {high}]")
+        for origin in self.cors_origins:
+            # a path or a stray slash never equals what a browser sends (RFC 6454, section 6.2)
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise ValueError(f"--cors-origin: {origin!r} is no origin, such as https://example.org")
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in (self.cors_origin or "").split(",") if part.strip())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -40,9 +40,17 @@ def encode_text(
 
 
 def encode_chat(
-    tokenizer: TokenizerLike | None, messages: Sequence[Mapping[str, Any]], *, param: str = "messages"
+    tokenizer: TokenizerLike | None,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    param: str = "messages",
+    add_generation_prompt: bool = True,
+    **variables: Any,
 ) -> list[int]:
-    """The token ids of a conversation, ending where the assistant's turn begins."""
+    """The token ids of a conversation, ending where the assistant's turn begins.
+
+    variables: the template's, such as `tools`.
+    """
     if tokenizer is None:
         raise RequestError("this model has no tokenizer, so it cannot chat", param=param)
     if not tokenizer.has_chat_template:
@@ -50,7 +58,9 @@ def encode_chat(
     if not messages:
         raise RequestError("messages is empty: it must hold at least one message", param=param)
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, **variables
+        )
     except Exception as error:  # a template is a program that came with the model: any exception can leave it
         raise RequestError(f"the chat template refuses these messages: {error}", param=param) from error
 

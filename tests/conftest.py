@@ -34,6 +34,7 @@ def settings(environ: dict[str, str]) -> dict[str, str]:
         "XLA_FLAGS": flags,
         # what a developer's own `jaxserve tune` or response cache holds is none of the tests' business
         "XDG_CACHE_HOME": str(ROOT / ".pytest_cache" / "home"),
+        "XDG_STATE_HOME": str(ROOT / ".pytest_cache" / "state"),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "HF_HUB_OFFLINE": "1",

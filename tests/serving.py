@@ -19,14 +19,20 @@ START_SECONDS = 240  # compiling on a busy machine; a test that fails says what 
 
 
 class Server:
-    def __init__(self, log: IO[str], arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        log: IO[str],
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        program: Sequence[str] = ("-m", "jaxserve"),
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jaxserve", "serve", "--port", str(self.port), *arguments],
+            [sys.executable, *program, "serve", "--port", str(self.port), *arguments],
             stderr=log,
             stdin=subprocess.DEVNULL,
             env={**os.environ, "XLA_FLAGS": "", **env},
@@ -63,11 +69,17 @@ class Server:
 
 @contextlib.contextmanager
 def started(
-    folder: Path, arguments: Sequence[str], env: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    arguments: Sequence[str],
+    env: Mapping[str, str] = MappingProxyType({}),
+    program: Sequence[str] = ("-m", "jaxserve"),
 ) -> Iterator[Server]:
-    """A server that is ready, with its messages in a file of `folder`; killed in the end."""
+    """A server that is ready, with its messages in a file of `folder`; killed in the end.
+
+    program: what Python runs in place of the command, with the same arguments.
+    """
     with open(folder / "stderr", "w+") as log:
-        server = Server(log, arguments, env)
+        server = Server(log, arguments, env, program)
         try:
             server.wait_until_ready()
             yield server

@@ -26,7 +26,7 @@ COMMANDS = {
 }
 # named in the contract, built later: refused by name rather than as unknown
 LATER_COMMANDS = ("batch", "score", "embed", "bench")
-LATER_FLAGS = (*("drain-seconds", "metrics-port"),)
+LATER_FLAGS: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         print(jaxserve.__version__)
         return DONE
     command, rest = args[0], args[1:]
-    refusal = refuse(command, rest, environ)
+    refusal = refuse(command)
     if refusal is not None:
         print(f"error: {refusal}", file=sys.stderr)
         return WRONG_USE
@@ -58,20 +58,12 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     return code
 
 
-def refuse(command: str, args: Sequence[str], environ: Mapping[str, str]) -> str | None:
-    """Why this line cannot be run, where that is known before the command reads it."""
+def refuse(command: str) -> str | None:
+    """Why there is no such command here."""
     if command in LATER_COMMANDS:
         return f"the command {command!r} is not available yet"
     if command not in COMMANDS:
         return f"there is no command {command!r}; there are: {', '.join(COMMANDS)}"
-    for argument in args:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag[2:] in LATER_FLAGS:
-            return f"{flag} is not available yet"
-    for flag in LATER_FLAGS:
-        variable = f"JAXSERVE_{flag.replace('-', '_').upper()}"
-        if environ.get(variable):
-            return f"{variable} (--{flag}) is not available yet: unset it"
     return None
 
 

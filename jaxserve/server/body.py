@@ -7,6 +7,7 @@ come out of it as floats, which no integer field takes. A refusal is a 4xx that 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 
 import orjson
 import pydantic
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -147,6 +149,33 @@ def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -
         else:
             message, code = f"{param}: {first['msg']}", "invalid_value"
         raise bad_request(message, param=param, code=code) from None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AtMost:
+    """Of a list in a model: refused by its length alone, before anything in it is looked at.
+
+    pydantic's own `max_length` comes after the items, and collects an error for each of them.
+    """
+
+    items: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"maxItems": self.items}
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > self.items:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {count} items; at most {most} items are taken",
+                {"count": len(value), "most": self.items},
+            )
+        return value
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Self
@@ -18,11 +19,14 @@ from typing import Self
 from jaxserve.engine.outputs import EngineBusy, Output, Sink
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import Finish, Request
-from jaxserve.server.errors import ApiError, engine_failed, queue_full, too_late
+from jaxserve.server import record
+from jaxserve.server.errors import ApiError, bad_request, engine_failed, queue_full, too_late
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.metrics import Metrics
 
 WATCH_SECONDS = 0.5  # how often the engine's health is looked at while requests wait for it
+# increments that a client may leave unread: at 100 tokens a second, over a minute of them
+MAX_UNREAD = 8192
 
 
 class Bridge:
@@ -35,11 +39,22 @@ class Bridge:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._arrived: collections.deque[tuple[Call, int, Output]] = collections.deque()
         self._woken = False
+        self._closed: ApiError | None = None
 
     def open(self, engine: EngineLike, requests: Sequence[Request]) -> Call:
-        """A call that submits when entered (`with bridge.open(...) as call`) and aborts when left early."""
+        """A call that submits when entered (`with bridge.open(...) as call`) and aborts when left early.
+
+        Raises ApiError once the bridge is closed.
+        """
+        if self._closed is not None:
+            raise self._closed
         self._loop = asyncio.get_running_loop()
         return Call(self, engine, requests)
+
+    def close(self, error: ApiError) -> None:
+        """Ends every open call, and every later one, with `error`."""
+        self._closed = error
+        self.fail_all(error)
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every open call with `error`."""
@@ -50,6 +65,7 @@ class Bridge:
         """Until cancelled: nobody waits for an engine whose thread died without a word."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            self.metrics.sample()
             if self.calls and not self.holder.alive:
                 self._deliver()  # what it said before it died comes first
                 self.fail_all(self.holder.failure())
@@ -79,7 +95,10 @@ class Bridge:
 
 
 class Call:
-    """The sequences of one HTTP request, from submission to the last increment."""
+    """The sequences of one HTTP request, from submission to the last increment.
+
+    sending: what was taken last is on its way to the client, who reads more slowly than it is written.
+    """
 
     def __init__(self, bridge: Bridge, engine: EngineLike, requests: Sequence[Request]) -> None:
         self._bridge = bridge
@@ -88,12 +107,15 @@ class Call:
         self._buffer: list[tuple[int, Output]] = []
         self._error: ApiError | None = None
         self._event = asyncio.Event()
+        self.sending = False
         self._unfinished = sum(request.params.sequences for request in requests)
         self._started = time.monotonic()
-        self._last_token: dict[tuple[int, int], float] = {}  # (prompt, index) -> when its last token came
+        self._progress: dict[tuple[int, int], _Progress] = {}  # of each (prompt, index)
+        self._work = record.work()
 
     def __enter__(self) -> Self:
         self._bridge.calls.add(self)
+        self._submitted()
         try:
             self._engine.submit(
                 *((request, self._bridge.sink(self, prompt)) for prompt, request in enumerate(self._requests))
@@ -120,18 +142,25 @@ class Call:
         """Takes an increment in; on the loop. After the call was left, increments go nowhere."""
         if self not in self._bridge.calls:
             return
-        if output.token_ids:
-            self._measure((prompt, output.index), len(output.token_ids), now)
+        self._measure(prompt, output, now)
         if output.finish_reason is not None:
             self._unfinished -= 1
         if output.error is not None:
-            self.fail(engine_failed(output.error))
+            at_fault = output.param is not None
+            self.fail(
+                bad_request(output.error, param=output.param) if at_fault else engine_failed(output.error)
+            )
             return
         if output.finish_reason is Finish.TIMEOUT:
             self.fail(too_late())
             return
         self._buffer.append((prompt, output))
         self._event.set()
+        if self.sending and len(self._buffer) > MAX_UNREAD:
+            self._buffer.clear()
+            self.fail(
+                ApiError(408, "the client does not read its reply", type="timeout_error", code="timeout")
+            )
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Output]]]:
         """All that has come since the last time, as (prompt, increment), until every sequence has ended.
@@ -149,10 +178,58 @@ class Call:
             if not self._unfinished and not self._buffer:
                 return
 
-    def _measure(self, sequence: tuple[int, int], tokens: int, now: float) -> None:
-        last = self._last_token.get(sequence)
-        if last is None:
-            self._bridge.metrics.time_to_first_token.observe(now - self._started)
-        else:
-            self._bridge.metrics.inter_token_latency.observe((now - last) / tokens)
-        self._last_token[sequence] = now
+    def _submitted(self) -> None:
+        work, first = self._work, self._requests[0]
+        self._started = time.monotonic()
+        work.model = self._bridge.holder.model_name
+        work.submitted = self._started if work.submitted is None else work.submitted
+        work.prompts += len(self._requests)
+        work.prompt_tokens += sum(len(request.prompt_token_ids) for request in self._requests)
+        work.params = {
+            "gen_ai.request.max_tokens": first.max_total_tokens - len(first.prompt_token_ids),
+            "gen_ai.request.temperature": first.params.temperature,
+            "gen_ai.request.top_p": first.params.top_p,
+            "gen_ai.request.choice.count": first.params.n,
+        }
+
+    def _measure(self, prompt: int, output: Output, now: float) -> None:
+        """What an increment says of waiting and of speed; to the metrics, and to the request's record."""
+        work, metrics = self._work, self._bridge.metrics
+        progress = self._progress.get((prompt, output.index))
+        if progress is None:
+            progress = self._progress[prompt, output.index] = _Progress()
+            progress.cached = output.cached_tokens
+            if output.admitted is not None:
+                metrics.queue_time.observe(max(0.0, output.admitted - self._started))
+                work.admitted = (
+                    output.admitted if work.admitted is None else min(work.admitted, output.admitted)
+                )
+            if output.index == 0:
+                work.cached_tokens += output.cached_tokens
+        tokens = len(output.token_ids)
+        if tokens:
+            if progress.last is None:
+                metrics.time_to_first_token.observe(now - self._started)
+                progress.first = now
+            else:
+                metrics.inter_token_latency.observe((now - progress.last) / tokens)
+            progress.last = now
+            progress.tokens += tokens
+            work.first = now if work.first is None else work.first
+            work.last = now
+            work.generated_tokens += tokens
+        if output.finish_reason is not None:
+            reason = "error" if output.error is not None else str(output.finish_reason)
+            work.finished(reason)
+            length = len(self._requests[prompt].prompt_token_ids)
+            metrics.finished(reason, now - self._started, length, progress.tokens, progress.cached)
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """How far a sequence has come: its tokens, when first and last came, the cached ones of its prompt."""
+
+    tokens: int = 0
+    first: float | None = None
+    last: float | None = None
+    cached: int = 0

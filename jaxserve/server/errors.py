@@ -1,7 +1,7 @@
-"""What goes wrong over HTTP, as OpenAI's error object.
+"""What goes wrong over HTTP, as OpenAI's error object; as Anthropic's where their clients ask.
 
-Source of the form: OpenAI's API reference, "Error codes". Knows nothing of engines; the routes raise, the
-application's exception handlers answer.
+Source of the forms: OpenAI's API reference, "Error codes"; Anthropic's, "Errors". Knows nothing of engines;
+the routes raise, the application's exception handlers answer.
 """
 
 from __future__ import annotations
@@ -11,9 +11,21 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Scope
 
 from jaxserve.engine.outputs import EngineBusy
 from jaxserve.scheduler.types import RequestError
+
+REQUEST_ID = "jaxserve.request_id"  # in the ASGI scope
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -53,6 +65,10 @@ def not_ready(message: str, *, code: str, retry_after: int | None = 2) -> ApiErr
     return ApiError(503, message, type="server_error", code=code, headers=headers)
 
 
+def stopping() -> ApiError:
+    return not_ready("the server is stopping", code="stopping", retry_after=None)
+
+
 def engine_failed(message: str) -> ApiError:
     return ApiError(500, message, type="server_error", code="engine_failed")
 
@@ -84,8 +100,23 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
+def anthropic_error_body(error: ApiError, request_id: str | None = None) -> dict[str, Any]:
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    body = {"type": "error", "error": {"type": kind, "message": error.message}}
+    return body if request_id is None else {**body, "request_id": request_id}
+
+
 def error_response(error: ApiError) -> Response:
     return json_response(error_body(error), status=error.status, headers=error.headers)
+
+
+def error_answer(scope: Scope, error: ApiError) -> Response:
+    """In the form that clients of this path read."""
+    path = scope["path"]
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        body = anthropic_error_body(error, scope.get(REQUEST_ID))
+        return json_response(body, status=error.status, headers=error.headers)
+    return error_response(error)
 
 
 def json_response(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

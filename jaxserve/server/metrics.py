@@ -1,17 +1,18 @@
 """`/metrics`: what the engine counts and what clients wait, for Prometheus.
 
-Each figure has our own name and, where routers read one, vLLM's as an alias (Gateway API inference
-extension, "model server protocol"). Gauges are read from `Engine.stats()` when scraped, so they cost
-nothing in between. The registry is our own: nothing that a library registers appears here.
+Each figure has our own name and, where routers and dashboards read one, vLLM's as an alias (Gateway API
+inference extension, "model server protocol"; vLLM, "Production Metrics"). Gauges are read from
+`Engine.stats()` when scraped, so they cost nothing in between. The registry is our own: nothing that a
+library registers appears here. Labels take values from short lists, never from what clients send.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jaxserve.server.holder import EngineHolder
@@ -19,7 +20,11 @@ from jaxserve.server.holder import EngineHolder
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))  # to 131,072
+SHARE_BUCKETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 TIERS = {"default": "online", "flex": "batch"}  # as HTTP calls them -> as `Engine.stats()` does
+ROWS = "decode_steps_of_"  # of `Engine.stats()`: decode steps by the least bound that holds their rows
 # our name, vLLM's or none, text, key of `Engine.stats()`
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Prompt tokens taken", "prompt_tokens_total"),
@@ -43,43 +48,138 @@ RESPONSE_CACHE_COUNTERS = (
 
 
 class Metrics:
+    """What is observed as it happens, on the event loop; the rest is collected when scraped."""
+
     def __init__(self, holder: EngineHolder) -> None:
-        self.time_to_first_token = Histogram(
-            "jaxserve_time_to_first_token_seconds",
-            "From a request's submission to its first token",
-            buckets=TTFT_BUCKETS,
-            registry=None,
-        )
-        self.inter_token_latency = Histogram(
-            "jaxserve_inter_token_latency_seconds",
-            "Between two tokens of one sequence",
-            buckets=ITL_BUCKETS,
-            registry=None,
-        )
+        self._holder = holder
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(holder))
-        self._registry.register(_Aliased(self.time_to_first_token, "vllm:time_to_first_token_seconds"))
-        self._registry.register(_Aliased(self.inter_token_latency, "vllm:inter_token_latency_seconds"))
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's submission to its first token",
+            TTFT_BUCKETS,
+            alias="time_to_first_token_seconds",
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds",
+            "Between two tokens of one sequence",
+            ITL_BUCKETS,
+            alias="inter_token_latency_seconds",
+        )
+        self.queue_time = self._histogram(
+            "queue_seconds",
+            "From a request's submission to its slot",
+            TTFT_BUCKETS,
+            alias="request_queue_time_seconds",
+        )
+        self._latency = self._histogram(
+            "request_seconds",
+            "From a request's submission to a sequence's end",
+            LATENCY_BUCKETS,
+            alias="e2e_request_latency_seconds",
+        )
+        self._prompt_tokens = self._histogram(
+            "request_prompt_tokens", "A prompt's tokens", TOKEN_BUCKETS, alias="request_prompt_tokens"
+        )
+        self._generation_tokens = self._histogram(
+            "request_generation_tokens",
+            "A sequence's generated tokens",
+            TOKEN_BUCKETS,
+            alias="request_generation_tokens",
+        )
+        self._prefix_share = self._histogram(
+            "request_prefix_hit_ratio", "Share of a prompt that the prefix cache had", SHARE_BUCKETS
+        )
+        self._page_share = self._histogram(
+            "kv_cache_usage_sampled_ratio",
+            "Share of the KV pages in use, looked at twice a second",
+            SHARE_BUCKETS,
+        )
+        self._finished = self._counter(
+            "finished",
+            "Sequences that ended",
+            ["finish_reason"],
+            alias=("request_success", "finished_reason"),
+        )
+        self._http_requests = self._counter("http_requests", "HTTP requests", ["route", "status"])
+        self._http_seconds = Histogram(
+            "jaxserve_http_request_seconds",
+            "From an HTTP request's headers to its last byte",
+            ["route"],
+            buckets=LATENCY_BUCKETS,
+            registry=None,
+        )
+        self._registry.register(_Aliased(self._http_seconds))
+
+    def finished(self, reason: str, seconds: float, prompt: int, generated: int, cached: int) -> None:
+        """A sequence ended. prompt, generated, cached: tokens; `cached` of the prompt."""
+        self._finished.labels(reason).inc()
+        self._latency.observe(seconds)
+        self._prompt_tokens.observe(prompt)
+        self._generation_tokens.observe(generated)
+        self._prefix_share.observe(cached / prompt)
+
+    def http(self, route: str, status: int, seconds: float) -> None:
+        self._http_requests.labels(route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
+
+    def sample(self) -> None:
+        """Called twice a second."""
+        engine = self._holder.engine
+        if engine is not None and engine.healthy:
+            stats = engine.stats()
+            self._page_share.observe(stats["pages_used"] / max(1, stats["pages_total"]))
+
+    def watch_jobs(self, count: Callable[[], Mapping[str, int]], waiting: Callable[[], int]) -> None:
+        """count: jobs by state. waiting: results that cannot be written for want of room on the disk."""
+        self._registry.register(_JobsCollector(count, waiting))
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *, alias: str | None = None
+    ) -> Histogram:
+        histogram = Histogram(f"jaxserve_{name}", text, buckets=buckets, registry=None)
+        self._registry.register(_Aliased(histogram, None if alias is None else f"vllm:{alias}"))
+        return histogram
+
+    def _counter(
+        self, name: str, text: str, labels: list[str], *, alias: tuple[str, str] | None = None
+    ) -> Counter:
+        """alias: vLLM's name, and what it calls the one label."""
+        counter = Counter(f"jaxserve_{name}", text, labels, registry=None)
+        renamed = {} if alias is None else {labels[0]: alias[1]}
+        self._registry.register(_Aliased(counter, None if alias is None else f"vllm:{alias[0]}", renamed))
+        return counter
+
 
 class _Aliased(Collector):
-    """One histogram under two names, observed once."""
+    """One metric under one name or two, observed once."""
 
-    def __init__(self, histogram: Histogram, alias: str) -> None:
-        self._histogram = histogram
+    def __init__(
+        self,
+        metric: Histogram | Counter,
+        alias: str | None = None,
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
+        self._metric = metric
         self._alias = alias
+        self._renamed = renamed or {}
 
     def collect(self) -> Iterable[Metric]:
-        for metric in self._histogram.collect():
+        for metric in self._metric.collect():
             samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             for name in (metric.name, self._alias):
+                if name is None:
+                    continue
                 copy = Metric(name, metric.documentation, metric.type)
                 for sample in samples:
-                    copy.add_sample(sample.name.replace(metric.name, name, 1), sample.labels, sample.value)
+                    labels = sample.labels
+                    if name == self._alias:
+                        labels = {self._renamed.get(label, label): value for label, value in labels.items()}
+                    copy.add_sample(sample.name.replace(metric.name, name, 1), labels, sample.value)
                 yield copy
 
 
@@ -123,11 +223,26 @@ class _EngineCollector(Collector):
             info.add_metric(list(labels.values()), 1.0)
             yield info
         yield from _counters(stats, COUNTERS)
+        yield from _batch_size(stats)
         if "response_cache_bytes" in stats:
             yield from _counters(stats, RESPONSE_CACHE_COUNTERS)
             yield GaugeMetricFamily(
                 "jaxserve_response_cache_bytes", "Its size on disk", float(stats["response_cache_bytes"])
             )
+
+
+class _JobsCollector(Collector):
+    def __init__(self, count: Callable[[], Mapping[str, int]], waiting: Callable[[], int]) -> None:
+        self._count = count
+        self._waiting = waiting
+
+    def collect(self) -> Iterable[Metric]:
+        jobs = GaugeMetricFamily("jaxserve_jobs", "Batch jobs of this server by state", labels=["state"])
+        for state, count in self._count().items():
+            jobs.add_metric([state], float(count))
+        yield jobs
+        text = "Results of batch jobs that wait for room on the disk"
+        yield GaugeMetricFamily("jaxserve_job_results_unwritten", text, float(self._waiting()))
 
 
 def _by_tier(stats: Mapping[str, Any]) -> Iterable[Metric]:
@@ -149,3 +264,21 @@ def _counters(
         yield CounterMetricFamily(f"jaxserve_{name}", text, float(stats[key]))
         if alias is not None:
             yield CounterMetricFamily(f"vllm:{alias}", text, float(stats[key]))
+
+
+def _batch_size(stats: Mapping[str, Any]) -> Iterable[Metric]:
+    """A histogram from the engine's own counts, none where it keeps none."""
+    bounds = sorted(int(name.removeprefix(ROWS)) for name in stats if name.startswith(ROWS))
+    if not bounds:
+        return
+    buckets, steps = [], 0
+    for bound in bounds:
+        steps += stats[f"{ROWS}{bound}"]
+        buckets.append((str(float(bound)), float(steps)))
+    buckets[-1] = ("+Inf", float(steps))  # the last counts all that is larger, too
+    yield HistogramMetricFamily(
+        "jaxserve_batch_size",
+        "Sequences per decode step",
+        buckets=buckets,
+        sum_value=float(stats["decode_rows"]),
+    )

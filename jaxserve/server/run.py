@@ -10,33 +10,39 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import NoReturn
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
 from jaxserve.config import ServerOptions
 from jaxserve.protocols import EngineLike, GroupLike
-from jaxserve.server.app import create_app
-from jaxserve.server.auth import load_keys
+from jaxserve.server.app import Report, create_app, create_metrics_app
+from jaxserve.server.auth import Keys, load_keys
 from jaxserve.server.context import Context
-from jaxserve.server.errors import bad_request, error_response, not_ready
+from jaxserve.server.errors import stopping
 from jaxserve.server.holder import EngineHolder, describe
+from jaxserve.server.logs import logging_to
+from jaxserve.server.protocol import MAX_HEADER_BYTES, HttpProtocol
+from jaxserve.server.traces import Traces, TracesError, otlp_exporter
 
-HEADER_SECONDS = 20.0  # a request line and headers that take longer are given up
-MAX_HEADER_BYTES = 64 * 2**10
+log = logging.getLogger(__name__)
+
 KEEP_ALIVE_SECONDS = 75
 ENDS = "this process ends, and whoever launched the group has to restart it whole"
 WATCH_SECONDS = 0.2  # how often a group is looked at
-DRAIN_SECONDS = 5.0  # open streams get this long to end once the server is told to stop
+LAST_SECONDS = 2.0  # after the drain, for the errors that say so to reach their clients
+SPARE_FILES = 256  # open files beside the connections
 
 Say = Callable[[str], None]
 Build = Callable[[Say], tuple[EngineLike, str]]  # -> the engine, warm, and the model's name
@@ -50,25 +56,48 @@ def serve(options: ServerOptions, build: Build, say: Say, group: GroupLike | Non
     """Serves until a signal comes or the engine cannot be built. Returns the exit code.
 
     With a group of processes it does not return, but ends this one: with 1 as soon as the engine or another
-    process fails and clients have heard of it.
+    process fails and clients have heard of it. So it does while the engine still loads.
     """
-    keys = load_keys(options)
+    with logging_to(say, options.log_format, options.log_level) as say:
+        code, at_once = _serve(options, build, say, group)
+    if at_once:
+        exit_now(code)
+    return code
+
+
+def _serve(options: ServerOptions, build: Build, say: Say, group: GroupLike | None) -> tuple[int, bool]:
+    """(exit code, whether the process must end without waiting for its threads)."""
+    keys = Keys(lambda: load_keys(options))
+    reports: list[Report] = []
+    traces = None
+    allow_files(options.max_connections + SPARE_FILES)
     try:
+        if options.otel_endpoint is not None:
+            traces = Traces(otlp_exporter(options.otel_endpoint))
+            reports.append(traces.report)
         listener = bind(options.host, options.port)
-    except StartError as error:
+        metrics_listener = None
+        if options.metrics_port is not None:
+            metrics_listener = bind(options.host, options.metrics_port, "--metrics-port")
+    except (StartError, TracesError) as error:
         say(f"error: {error}")
-        return 1
+        return 1, False
     address = url(options.host, listener.getsockname()[1])
     say(f"listening on {address}")
+    if metrics_listener is not None:
+        say(f"metrics at {url(options.host, metrics_listener.getsockname()[1])}/metrics")
     if not keys and not is_loopback(options.host):
         say(f"warning: anyone who can reach {options.host} can use this server: set --api-key")
     holder = EngineHolder()
-    server = Server(holder, keys, options.service_tier)
+    server = Server(holder, keys, options, reports, say)
     loader = Loader(server, build, say, lambda: announce(say, address, holder, bool(keys)))
     if group is not None:
         server.watch = Watch(holder, loader, group, say)
-    asyncio.run(server.serve_and_load(listener, loader))
+    asyncio.run(server.serve_and_load(listener, loader, metrics_listener))
+    if traces is not None:
+        traces.close()
     say("stopped")
+    code = 1 if loader.failed else 0
     if group is not None:
         if not (loader.failed or loader.alive):
             if holder.engine is not None:
@@ -76,14 +105,11 @@ def serve(options: ServerOptions, build: Build, say: Say, group: GroupLike | Non
             group.close()
         else:  # a step that waits for a process that is gone does not come back
             group.abandon("it was stopped")
-        exit_now(1 if loader.failed else 0)
+        return code, True
     if holder.engine is not None:
         holder.engine.close()
-    code = 1 if loader.failed else 0
-    if loader.alive:
-        # a compilation cannot be interrupted, and tearing the interpreter down under it can crash
-        exit_now(code)
-    return code
+    # a compilation cannot be interrupted, and tearing the interpreter down under it can crash
+    return code, loader.alive
 
 
 def exit_now(code: int) -> NoReturn:
@@ -93,8 +119,17 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises StartError naming the flag."""
+def allow_files(count: int) -> None:
+    """Lets this process have so many files and connections open, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with contextlib.suppress(OSError, ValueError):  # then it stays as it was
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """A bound socket. flag: what to call the port. Raises StartError naming the flag."""
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
@@ -107,12 +142,12 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise StartError(f"port {port} on {host} is in use: choose another with --port") from error
+            raise StartError(f"port {port} on {host} is in use: choose another with {flag}") from error
         if error.errno == errno.EACCES:
             raise StartError(
-                f"port {port} may not be used by this user: choose another with --port"
+                f"port {port} may not be used by this user: choose another with {flag}"
             ) from error
-        raise StartError(f"--host={host} --port={port} cannot be bound: {error.strerror}") from error
+        raise StartError(f"--host={host} {flag}={port} cannot be bound: {error.strerror}") from error
     return listener
 
 
@@ -215,32 +250,39 @@ class Server(uvicorn.Server):
 
     watch: Watch | None = None
 
-    def __init__(self, holder: EngineHolder, keys: list[str], service_tier: str = "default") -> None:
+    def __init__(
+        self,
+        holder: EngineHolder,
+        keys: Keys | Iterable[str] = (),
+        options: ServerOptions | None = None,
+        reports: Iterable[Report] = (),
+        say: Say | None = None,
+    ) -> None:
         self.holder = holder
-        app = create_app(holder, keys=keys, service_tier=service_tier)
+        self.options = ServerOptions() if options is None else options
+        self._keys = keys
+        self._signals = 0
+        self._say = say or log.info
+        app = create_app(holder, self.options, keys=keys, reports=reports)
         self._context: Context = app.state.context
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=HttpProtocol,
-                ws="none",
-                lifespan="on",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(DRAIN_SECONDS) + 2,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            )
-        )
+        super().__init__(configured(app, self.options.max_connections))
 
-    async def serve_and_load(self, listener: socket.socket, loader: Loader) -> None:
+    async def serve_and_load(
+        self, listener: socket.socket, loader: Loader, metrics_listener: socket.socket | None = None
+    ) -> None:
         serving = asyncio.create_task(self.serve(sockets=[listener]))
         while not self.started and not serving.done():
             await asyncio.sleep(0.01)
         loader.start()
         watching = asyncio.create_task(self._watch())
-        await serving
+        if metrics_listener is None:
+            await serving
+        else:
+            beside = _Beside(configured(create_metrics_app(self._context), SPARE_FILES // 2))
+            measuring = asyncio.create_task(beside.serve(sockets=[metrics_listener]))
+            await serving
+            beside.should_exit = beside.force_exit = True
+            await measuring
         watching.cancel()
 
     async def _watch(self) -> None:
@@ -249,12 +291,17 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """No new requests; open ones may end, and hear why when they may not."""
+        """No new requests; open ones may end, and hear why when they may not.
+
+        The port stays open as long as they run: probes get an answer, and others a 503 that says why.
+        """
         self.holder.stopping = True
-        error = not_ready("the server is stopping", code="stopping", retry_after=None)
-        timer = asyncio.get_running_loop().call_later(DRAIN_SECONDS, self._context.bridge.fail_all, error)
+        self._context.desk.pause()
+        open_now = set(self.server_state.tasks)
+        if open_now:
+            await asyncio.wait(open_now, timeout=self.options.drain_seconds)
+        self._context.bridge.close(stopping())
         await super().shutdown(sockets)
-        timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -263,67 +310,60 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {name: signal.signal(name, self.handle_exit) for name in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            signal.SIGINT: self.handle_exit,
+            signal.SIGTERM: self.handle_exit,
+            signal.SIGHUP: self._reload,
+        }
+        before = {name: signal.signal(name, handler) for name, handler in handlers.items()}
         try:
             yield
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first one lets open requests end; the second one ends the process."""
+        self._signals += 1
+        if self._signals > 1:  # not `should_exit`: another process of a group may have asked for that
+            print("stopped at once", file=sys.stderr)
+            exit_now(128 + sig)
+        self.should_exit = True
 
-class HttpProtocol(H11Protocol):
-    """uvicorn's h11 protocol, with two things that it lacks.
-
-    A deadline for a request's line and headers: it runs from a connection's start, and from the first byte of
-    each later request. And OpenAI's error object for what is not HTTP at all, which no application sees.
-    """
-
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._arm()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
-            self._arm()  # headers are under way
-        else:
-            self._disarm()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        """Called while h11's exception is handled, which says what is wrong where `msg` does not."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()  # an answer is under way: another cannot be put into it
+    def _reload(self, sig: int, frame: FrameType | None) -> None:
+        if not isinstance(self._keys, Keys):
             return
-        error = bad_request(f"this is not a valid HTTP/1.1 request: {sys.exception() or msg}")
-        response = error_response(error)
-        headers = [*response.raw_headers, (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=response.status_code, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=bytes(response.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event))
-        self.transport.close()
+        try:
+            self._keys.reload()
+        except ValueError as error:
+            self._say(f"error: {error}; the keys stay as they were")
+        else:
+            self._say("the API keys were read again")
 
-    def _arm(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEADER_SECONDS, self._expire)
 
-    def _disarm(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+class _Beside(uvicorn.Server):
+    """A second port of this process, which leaves signals to the first."""
 
-    def _expire(self) -> None:
-        self._deadline = None
-        if not self.transport.is_closing():
-            self.transport.close()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def configured(app: ASGIApp, max_connections: int) -> uvicorn.Config:
+    protocol = type("Protocol", (HttpProtocol,), {"max_connections": max_connections})
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        lifespan="auto",
+        log_config=None,
+        log_level="error",  # what clients do wrong is answered, and not worth a line of uvicorn's
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(LAST_SECONDS),
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )
 
 
 def stderr(line: str) -> None:

@@ -35,6 +35,15 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def named_event(data: dict[str, Any]) -> bytes:
+    """One that bears its type as its name, too: responses' and messages' form."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
+def failed(error: ApiError) -> list[dict[str, Any]]:
+    return [error_body(error)]
+
+
 async def unless_client_leaves[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; cancels it and raises ClientLeft if the client disconnects first.
 
@@ -63,14 +72,28 @@ class EventStream:
 
     translate: from an increment to the chunks that the client reads.
     closing: the chunks after the last increment, such as the usage.
+    opening: those before the first. failed: those that say what went wrong. frame: a chunk's bytes. end: what
+        comes after everything.
     """
 
     def __init__(
-        self, call: Call, translate: Translate, closing: Callable[[], Iterable[dict[str, Any]]]
+        self,
+        call: Call,
+        translate: Translate,
+        closing: Callable[[], Iterable[dict[str, Any]]],
+        *,
+        opening: Callable[[], Iterable[dict[str, Any]]] = tuple,
+        failed: Callable[[ApiError], Iterable[dict[str, Any]]] = failed,
+        frame: Callable[[dict[str, Any]], bytes] = event,
+        end: bytes = DONE,
     ) -> None:
         self._call = call
         self._translate = translate
         self._closing = closing
+        self._opening = opening
+        self._failed = failed
+        self._frame = frame
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientLeft):  # the call was aborted on the way out
@@ -91,24 +114,32 @@ class EventStream:
             )
             try:
                 async for events in self._events(call):
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    call.sending = True
+                    await send(_body(events))
+                    call.sending = False
             except ApiError as error:
-                await send(_body(event(error_body(error))))
+                await send(_body(self._framed(self._failed(error))))
             except Exception:
                 log.exception("a stream's translation failed")
-                await send(_body(event(error_body(engine_failed("an internal error")))))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+                await send(_body(self._framed(self._failed(engine_failed("an internal error")))))
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
     async def _events(self, call: Call) -> AsyncIterator[bytes]:
+        opening = self._framed(self._opening())
+        if opening:
+            yield opening
         async for batch in call.batches():
-            chunks = b"".join(
-                event(chunk) for prompt, output in batch for chunk in self._translate(prompt, output)
+            chunks = self._framed(
+                chunk for prompt, output in batch for chunk in self._translate(prompt, output)
             )
             if chunks:
                 yield chunks
-        closing = b"".join(map(event, self._closing()))
+        closing = self._framed(self._closing())
         if closing:
             yield closing
+
+    def _framed(self, chunks: Iterable[dict[str, Any]]) -> bytes:
+        return b"".join(map(self._frame, chunks))
 
 
 def _body(data: bytes) -> dict[str, Any]:

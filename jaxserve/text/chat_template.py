@@ -1,23 +1,18 @@
 """A model's chat template: messages in, the prompt's text out, as `transformers` renders it.
 
-Templates come with model folders and are not trusted: they run in jinja2's immutable sandbox, with the names
-that `transformers.utils.chat_template_utils` gives them and no others.
+Templates come with model folders and are not trusted: `template_process.py` renders them.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
+
+from jaxserve.text.template_process import RenderError, Renderers, environment, shared
 
 
 class ChatTemplateError(ValueError):
@@ -25,49 +20,96 @@ class ChatTemplateError(ValueError):
 
 
 class ChatTemplate:
-    """A compiled template. Raises `ChatTemplateError` if it cannot be compiled.
+    """A template. Raises `ChatTemplateError` if it cannot be compiled.
 
-    variables: what it may call by name besides the messages, such as `bos_token`.
+    variables: what it may call by name besides the messages, such as `bos_token`. renderers: for tests.
     """
 
-    def __init__(self, source: str, *, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        variables: Mapping[str, str] | None = None,
+        renderers: Renderers | None = None,
+    ) -> None:
         self.source = source
         self.variables = dict(variables or {})
+        self._renderers = renderers or shared()
         try:
-            self._template = _environment().from_string(source)
+            _check(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"the chat template is wrong in line {error.lineno}: {error.message}"
             ) from error
+        except RecursionError:
+            raise ChatTemplateError("the chat template is nested too deeply") from None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. A message's content is a string, None, or text parts, joined by newlines.
 
-        variables: more names for the template; they win over the tokenizer's.
-        Raises `ChatTemplateError`, with the template's own words where it raises.
+        continue_final_message: ends where the last message's content does. variables: more names for the
+        template; they win over the tokenizer's. Raises `ChatTemplateError`, with the template's own words
+        where it raises.
         """
         names = {**self.variables, "documents": None, **(variables or {})}
         reserved = {"messages", "add_generation_prompt", "tools"} & names.keys()
         if reserved:
             raise ChatTemplateError(f"chat template variable {min(reserved)!r} cannot be set")
+        plain = [_plain_message(i, message) for i, message in enumerate(messages)]
+        names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": tools}
         try:
-            return self._template.render(
-                messages=[_plain_message(i, message) for i, message in enumerate(messages)],
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                **names,
-            )
-        except (ChatTemplateError, jinja2.TemplateError) as error:
+            text = self._renderers.render(self.source, names)
+        except RenderError as error:
             raise ChatTemplateError(str(error)) from error
-        except Exception as error:  # a template is a program: any operator or filter of it may fail
-            raise ChatTemplateError(f"{type(error).__name__} in the chat template: {error}") from error
+        return _cut(text, plain[-1] if plain else {}) if continue_final_message else text
+
+
+@functools.lru_cache(maxsize=16)
+def names_read(source: str) -> frozenset[str]:
+    """The variables that a template may read of those that it is given: all names in it, but for those that
+    only its loops set. Found by parsing alone: jinja2's own search compiles, which computes what is constant.
+    """
+    tree = environment().parse(source)
+    read = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx == "load"}
+    looped = {
+        name.name
+        for loop in tree.find_all(jinja2.nodes.For)
+        for name in (loop.target, *loop.target.find_all(jinja2.nodes.Name))
+        if isinstance(name, jinja2.nodes.Name)
+    }
+    return frozenset(read - looped)
+
+
+def _check(source: str) -> None:
+    """Raises TemplateSyntaxError. Parses only: compiling already computes what is constant."""
+    made = environment()
+    tree = made.parse(source)
+    for kind, known in ((jinja2.nodes.Filter, made.filters), (jinja2.nodes.Test, made.tests)):
+        for node in tree.find_all(kind):
+            if node.name not in known:
+                word = kind.__name__.lower()
+                raise jinja2.TemplateSyntaxError(f"there is no {word} {node.name!r}", node.lineno)
+
+
+def _cut(text: str, message: Mapping[str, Any]) -> str:
+    """The text up to the end of the message's content, white space at its end as the template has it: as
+    transformers does it."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise ChatTemplateError("continue_final_message needs a last message with content")
+    start = text.rfind(content.strip())
+    if start < 0:
+        raise ChatTemplateError("the chat template does not write the last message's content as it is")
+    whole = content.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else content.strip())]
 
 
 def _plain_message(index: int, message: object) -> dict[str, Any]:
@@ -93,81 +135,3 @@ def _part_text(where: str, part: object) -> str:
     if not isinstance(text, str):
         raise ChatTemplateError(f"{where}.text must be a string")
     return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; here its body is simply rendered."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
-
-    def _render(self, caller: Any) -> Any:
-        return caller()
-
-
-class _Dict:
-    """`dict` for templates: the two calls that they make, without the class and what hangs on it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace` for templates, without names that Python itself looks up on objects."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=1)` works, as in jinja2
-        names = dict(*args[1:], **kwargs)
-        for name in names:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(args[0], names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own escapes HTML
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment

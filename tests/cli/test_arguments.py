@@ -15,7 +15,7 @@ import pytest
 import jaxserve
 from jaxserve.cli.arguments import field_docs, parse
 from jaxserve.cli.generate import GenerateArguments
-from jaxserve.cli.main import LATER_COMMANDS, LATER_FLAGS, main
+from jaxserve.cli.main import LATER_COMMANDS, main
 from jaxserve.cli.serve import ServeArguments
 from jaxserve.config import EngineOptions, ServerOptions
 from tests.cli.harness import ROOT, environment
@@ -174,16 +174,6 @@ def test_sampling_is_checked_before_the_model_is_loaded(capsys: pytest.CaptureFi
 def test_commands_that_come_later(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"], {}) == 2
     assert capsys.readouterr().err == f"error: the command {name!r} is not available yet\n"
-
-
-@pytest.mark.parametrize("flag", LATER_FLAGS)
-def test_flags_that_come_later(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for form in ([f"--{flag}"], [f"--{flag}=1"], [f"--{flag.replace('-', '_')}", "1"]):
-        assert main(["serve", "model", *form], {}) == 2
-        assert capsys.readouterr().err == f"error: --{flag} is not available yet\n"
-    variable = f"JAXSERVE_{flag.upper().replace('-', '_')}"
-    assert main(["serve"], {variable: "1"}) == 2
-    assert f"{variable} (--{flag}) is not available yet" in capsys.readouterr().err
 
 
 def test_no_command_and_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
 
@@ -22,9 +23,11 @@ def serve() -> Iterator[Serve]:
             *,
             keys: list[str] | None = None,
             max_body_bytes: int | None = None,
-            service_tier: str = "default",
+            service_tier: Literal["default", "flex"] = "default",
+            **options: Any,
         ) -> Served:
-            served = Served(engine, keys or [], max_body_bytes, service_tier)
+            """options: also those of `ServerOptions`."""
+            served = Served(engine, keys or [], max_body_bytes, service_tier, **options)
             stack.callback(served.close)
             return served
 

@@ -102,5 +102,8 @@ class FakeEngine(fakes.FakeEngine):
             "prefix_queries_tokens": sum(len(one.prompt_token_ids) for one in self.requests),
             "prefix_hit_tokens": sum(self._cached.values()),
             "evictions": 5,
+            "decode_steps_of_1": 2,
+            "decode_steps_of_2": 3,
+            "decode_rows": 8,
             "preemptions": 6,
         }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import httpx
 import openai
 
+from jaxserve.config import ServerOptions
 from jaxserve.response_cache import CachingEngine
+from jaxserve.server.app import Report
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.run import Server, bind, url
 from tests.server.fakes import FakeEngine
@@ -27,10 +31,15 @@ class Served:
         engine: FakeEngine | CachingEngine | None,
         keys: Sequence[str] = (),
         max_body_bytes: int | None = None,
-        service_tier: str = "default",
+        service_tier: Literal["default", "flex"] = "default",
+        reports: Sequence[Report] = (),
+        **options: Any,
     ) -> None:
         self.holder = EngineHolder()
-        self.server = Server(self.holder, list(keys), service_tier)
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxserve-test-")
+        defaults = {"data_dir": f"{self._folder.name}/state", "drain_seconds": 2.0}
+        self.options = ServerOptions(service_tier=service_tier, **(defaults | options))
+        self.server = Server(self.holder, list(keys), self.options, reports)
         if max_body_bytes is not None:
             context = self.server._context
             object.__setattr__(context, "max_body_bytes", max_body_bytes)
@@ -96,6 +105,7 @@ class Served:
         assert not self._thread.is_alive()
         if self._engine is not None:
             self._engine.close()
+        self._folder.cleanup()
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:

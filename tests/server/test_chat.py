@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from jaxserve.text.chat_template import ChatTemplate
 from tests.fakes import FakeTokenizer
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served
+from tests.server.templates import TemplateTokenizer
 
 LN2 = math.log(2)
 HELLO: Any = [{"role": "user", "content": "a"}]
@@ -151,19 +150,6 @@ def test_the_template_refuses(served: Served) -> None:
 def test_special_token_text_in_a_message_stays_text(served: Served) -> None:
     reply = served.chat(messages=[{"role": "user", "content": "<end>a"}], max_tokens=1).json()
     assert reply["usage"]["prompt_tokens"] == 1 + 1 + len("<end>a")
-
-
-class TemplateTokenizer(FakeTokenizer):
-    """Renders a real template, and speaks for the user: the answer follows from the prompt's last letter."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.template = ChatTemplate(source)
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> list[int]:
-        return self.encode(self.template.render(messages, add_generation_prompt=add_generation_prompt))
 
 
 def named_template(condition: str) -> str:

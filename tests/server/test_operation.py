@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.config import ServerOptions
-from jaxserve.server import body, bridge, run
+from jaxserve.server import body, bridge, protocol, run
 from jaxserve.server.auth import load_keys
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
@@ -31,7 +31,16 @@ MESSAGES = [{"role": "user", "content": "a"}]
 def test_no_key_no_service(serve: Serve, header: str | None) -> None:
     served = serve(FakeEngine(), keys=["secret", "secret2"])
     headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
-    for path in ("/v1/models", "/metrics", "/v1/completions", "/nowhere", "//health", "/health/", "/"):
+    for path in (
+        "/v1/models",
+        "/metrics",
+        "/v1/completions",
+        "/nowhere",
+        "//health",
+        "/health/",
+        "//",
+        "/state",
+    ):
         reply = served.http.get(f"{served.url}{path}", headers=headers)
         assert reply.status_code == 401
         assert reply.json()["error"]["code"] == "invalid_api_key"
@@ -60,9 +69,9 @@ def test_key_files_that_cannot_be_meant(content: bytes, tmp_path: Path) -> None:
 def test_keys_come_from_the_flag_and_the_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\n\n two \n")
     assert load_keys(ServerOptions(api_key="zero", api_key_file=str(tmp_path / "keys"))) == [
-        "zero",
-        "one",
-        "two",
+        ("api-key", "zero"),
+        ("line-1", "one"),
+        ("line-3", "two"),
     ]
     assert load_keys(ServerOptions()) == []
     with pytest.raises(ValueError, match="cannot be read"):
@@ -211,7 +220,7 @@ def read_answer(connection: socket.socket) -> None:
 
 
 def test_slow_headers_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.3)
     served = serve(FakeEngine())
     silent = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     slow = socket.create_connection(("127.0.0.1", served.port), timeout=10)
@@ -233,7 +242,7 @@ def test_slow_headers_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_slow_answer_outlives_the_header_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
     served = serve(FakeEngine(delay=0.05))
     assert served.completion(max_tokens=12).json()["choices"][0]["text"] == "bcdefghijklm"
 
@@ -244,17 +253,6 @@ def test_slow_bodies_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch)
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
     assert connection.recv(100).startswith(b"HTTP/1.1 408")
-    connection.close()
-    served.as_new()
-
-
-def test_large_headers_are_refused(served: Served) -> None:
-    connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
-    try:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**20 + b"\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 4")
-    except ConnectionError:
-        pass  # closed while the rest was being sent
     connection.close()
     served.as_new()
 
@@ -346,9 +344,8 @@ def test_many_streams_at_once(serve: Serve) -> None:
 # --- stopping ---
 
 
-def test_stopping_lets_streams_end_and_tells_the_rest(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "DRAIN_SECONDS", 0.8)
-    served = serve(FakeEngine(slots=4, delay=0.02))
+def test_stopping_lets_streams_end_and_tells_the_rest(serve: Serve) -> None:
+    served = serve(FakeEngine(slots=4, delay=0.02), drain_seconds=0.8)
     results: list[str] = []
 
     def stream(tokens: int) -> None:

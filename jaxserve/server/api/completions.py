@@ -7,20 +7,29 @@ of either; choices are numbered prompt by prompt, `n` for each.
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
+import pydantic
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from jaxserve.engine.outputs import Output, TokenLogprob
 from jaxserve.prompts import encode_text, token_text
-from jaxserve.protocols import EngineLike, TokenizerLike
+from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import Request, RequestError, check_request
 from jaxserve.server.api import results
-from jaxserve.server.api.fields import MAX_SEQUENCES, Caller, SamplingFields, service_tier, take_known
-from jaxserve.server.body import off_loop, parse_object, read_body, validate
+from jaxserve.server.api.fields import (
+    MAX_SEQUENCES,
+    TEXTS_OR_TOKENS,
+    Caller,
+    SamplingFields,
+    service_tier,
+    take_known,
+)
+from jaxserve.server.api.job import prepared
+from jaxserve.server.api.structured import StructuredFields, compiled
+from jaxserve.server.body import read_body, validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
 from jaxserve.server.stream import EventStream, unless_client_leaves
@@ -31,12 +40,15 @@ DEFAULT_MAX_TOKENS = 16
 # --- model ---------------------------------------------------------------------------------------------
 
 
-class CompletionRequest(SamplingFields):
-    prompt: Any  # checked by `split_prompts`: pydantic's errors for a union of four forms name none of them
+class CompletionRequest(SamplingFields, StructuredFields):
+    # checked by `split_prompts`: pydantic's errors for a union of four forms name none of them
+    prompt: Annotated[Any, pydantic.WithJsonSchema(TEXTS_OR_TOKENS)]
     echo: bool = False
     logprobs: int | None = None
     best_of: int | None = None
     add_special_tokens: bool = True
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     def check_streaming(self) -> None:
         super().check_streaming()
@@ -77,19 +89,19 @@ async def create_completion(http: HttpRequest) -> ASGIApp:
     engine = context.holder.ready()
     data = await read_body(http.scope, http.receive, context.max_body_bytes)
     caller = context.caller(http)
-    job = await off_loop(len(data), lambda: prepare(data, engine, context.holder.check_model, caller))
+    job = await prepared(data, prepare, engine, context.holder.check_model, caller)
     call = context.bridge.open(engine, job.requests)
-    if job.fields.stream:
+    if job.stream:
         return EventStream(call, job.chunks, job.closing)
     answers = await unless_client_leaves(http.receive, results.collect(call, job.requests, job.usage))
     return json_response(job.answer(answers))
 
 
 def prepare(
-    data: bytes, engine: EngineLike, check_model: Callable[[str], None], caller: Caller
+    body: Mapping[str, Any], engine: EngineLike, check_model: Callable[[str], None], caller: Caller
 ) -> CompletionJob:
     """Everything that can be wrong with a request is found here, before any of it is submitted."""
-    fields = validate(CompletionRequest, take_known(parse_object(data)))
+    fields = validate(CompletionRequest, take_known(body, CompletionRequest))
     check_model(fields.model)
     fields.check_streaming()
     try:
@@ -106,23 +118,26 @@ class CompletionJob:
 
     def __init__(self, fields: CompletionRequest, engine: EngineLike, caller: Caller) -> None:
         self.fields = fields
+        self.stream = fields.stream
         self.tokenizer = engine.tokenizer
         now = time.monotonic()
         place = fields.place(caller, now)
         self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": caller.new_id("cmpl-"),
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": caller.now(),
             "model": fields.model,
             "service_tier": service_tier(place["tier"]),
         }
         prompts = split_prompts(fields.prompt)
+        wanted = fields.wanted()
         params = fields.sampling(
             engine.limits.sampling_defaults,
             max_tokens=DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
             logprobs=fields.logprobs,
             prompt_logprobs=self._prompt_logprobs(),
             best_of=fields.best_of,
+            structured=None if wanted is None else wanted.outputs,
         )
         if len(prompts) * params.sequences > MAX_SEQUENCES:
             name = "n" if params.sequences == params.n else "best_of"
@@ -131,16 +146,20 @@ class CompletionJob:
                 f" are more than {MAX_SEQUENCES} sequences",
                 param=name,
             )
+        grammar = None if wanted is None else compiled(engine, *wanted)
         self.requests: list[Request] = []
         for number, prompt in enumerate(prompts):
             ids = prompt
             if isinstance(ids, str):
                 ids = encode_text(self.tokenizer, ids, add_special_tokens=fields.add_special_tokens)
+            ids = fields.truncated(ids)
             request_id = f"{self.head['id']}-{number}"
-            self.requests.append(check_request(request_id, ids, params, engine.limits, now, **place))
+            self.requests.append(
+                check_request(request_id, ids, params, engine.limits, now, grammar=grammar, **place)
+            )
         self.usage = results.Usage(self.requests)
-        self._echo = [self._echoed(prompt) for prompt in prompts] if fields.echo else None
-        self._begun: set[int] = set()  # choices whose echo was streamed
+        self._echo = [self._echoed(*one) for one in enumerate(prompts)] if fields.echo else None
+        self._begun: set[int] = set()  # choices that have had a chunk
         self._offsets: dict[int, int] = {}  # choice -> where its next token's text begins
         self._prompt_entries: dict[int, Sequence[TokenLogprob | None]] = {}
         self._held: dict[int, list[Output]] = {}  # prompt -> increments that came before its echo's logprobs
@@ -156,12 +175,13 @@ class CompletionJob:
         asked = [count for count in (needed, fields.prompt_logprobs) if count is not None]
         return max(asked, default=None)
 
-    def _echoed(self, prompt: str | list[int]) -> str:
-        if isinstance(prompt, str):
+    def _echoed(self, number: int, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str) and self.fields.truncate_prompt_tokens is None:
             return prompt
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(prompt, skip_special_tokens=self.fields.skip_special_tokens)
+        ids = self.requests[number].prompt_token_ids.tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=self.fields.skip_special_tokens)
 
     def answer(self, answers: Sequence[results.Answer]) -> dict[str, Any]:
         """The whole reply at once."""
@@ -173,10 +193,14 @@ class CompletionJob:
                 echo = self._echo[prompt] if self._echo is not None else ""
                 item = {
                     "index": number,
-                    "text": echo + choice.text,
+                    "text": echo + choice.text + self._stop_text(choice.stop_reason),
                     "logprobs": self._logprobs(number, entries if self._echo else (), choice.logprobs),
                     "finish_reason": choice.finish_reason,
+                    "stop_reason": choice.stop_reason,
                 }
+                if self.fields.return_token_ids:
+                    item["prompt_token_ids"] = self.requests[prompt].prompt_token_ids.tolist()
+                    item["token_ids"] = choice.token_ids
                 if self.fields.prompt_logprobs is not None:
                     item["prompt_logprobs"] = results.prompt_logprobs_body(
                         self.tokenizer, entries, self.fields.prompt_logprobs
@@ -199,30 +223,38 @@ class CompletionJob:
     def _chunk(self, prompt: int, output: Output) -> dict[str, Any]:
         number = prompt * self.fields.n + output.index
         self.usage.add(prompt, output)
-        text = output.text
+        text = output.text + self._stop_text(output.stop_reason)
         entries: Sequence[TokenLogprob | None] = ()
         if self._echo is not None and number not in self._begun:
-            self._begun.add(number)
             text = self._echo[prompt] + text
             entries = self._prompt_entries.get(prompt, ())
-        chunk = {
-            **self.head,
-            "choices": [
-                {
-                    "index": number,
-                    "text": text,
-                    "logprobs": self._logprobs(number, entries, output.logprobs or ()),
-                    "finish_reason": output.finish_reason,
-                }
-            ],
+        choice = {
+            "index": number,
+            "text": text,
+            "logprobs": self._logprobs(number, entries, output.logprobs or ()),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
-        if self.fields.include_usage:
+        if self.fields.return_token_ids:
+            if number not in self._begun:
+                choice["prompt_token_ids"] = self.requests[prompt].prompt_token_ids.tolist()
+            choice["token_ids"] = output.token_ids
+        self._begun.add(number)
+        chunk = {**self.head, "choices": [choice]}
+        if self.fields.continuous_usage:
+            chunk["usage"] = self.usage.body()
+        elif self.fields.include_usage:
             chunk["usage"] = None
         return chunk
 
     def closing(self) -> Iterable[dict[str, Any]]:
         if self.fields.include_usage:
             yield {**self.head, "choices": [], "usage": self.usage.body()}
+
+    def _stop_text(self, stop_reason: str | int | None) -> str:
+        """What `include_stop_str_in_output` adds to the text."""
+        wanted = self.fields.include_stop_str_in_output and isinstance(stop_reason, str)
+        return str(stop_reason) if wanted else ""
 
     def _logprobs(
         self, number: int, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob]
@@ -245,11 +277,11 @@ class CompletionJob:
         ids = [*prompt_ids, *(entry.token_id for entry in generated)]
         for token, entry in zip(ids, [*prompt, *generated], strict=True):
             text = token_text(self.tokenizer, token)
-            body["tokens"].append(text)
+            body["tokens"].append(self._name(token))
             body["text_offset"].append(offset)
             offset += self._width(token, text)
             body["token_logprobs"].append(None if entry is None else results.finite(entry.logprob))
-            body["top_logprobs"].append(None if entry is None else _top(self.tokenizer, entry, self.fields))
+            body["top_logprobs"].append(None if entry is None else self._top(entry))
         self._offsets[number] = offset
         return body
 
@@ -260,10 +292,13 @@ class CompletionJob:
         hidden = self.fields.skip_special_tokens and not self.tokenizer.decode([token])
         return 0 if hidden else len(text)
 
+    def _name(self, token: int) -> str:
+        return results.token_name(self.tokenizer, token, as_id=self.fields.return_tokens_as_token_ids)
 
-def _top(tokenizer: TokenizerLike | None, entry: TokenLogprob, fields: CompletionRequest) -> dict[str, float]:
-    """Text -> logprob of the likeliest tokens and of the token itself; of two with one text, the likelier."""
-    top: dict[str, float] = {}
-    for token, logprob in (*entry.top[: fields.logprobs], (entry.token_id, entry.logprob)):
-        top.setdefault(token_text(tokenizer, token), results.finite(logprob))
-    return top
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """Text -> logprob of the likeliest tokens and of the token itself; of two with one text, the
+        likelier."""
+        top: dict[str, float] = {}
+        for token, logprob in (*entry.top[: self.fields.logprobs], (entry.token_id, entry.logprob)):
+            top.setdefault(self._name(token), results.finite(logprob))
+        return top

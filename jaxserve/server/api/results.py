@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxserve.engine.outputs import Output, TokenLogprob, mean_logprob
 from jaxserve.prompts import token_text
 from jaxserve.protocols import TokenizerLike
@@ -21,28 +24,34 @@ class Choice:
 
     text: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    tokens: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     finish_reason: Finish | None = None
+    stop_reason: str | int | None = None
     cumulative_logprob: float | None = None
 
     def add(self, output: Output) -> None:
         self.text += output.text
         self.logprobs += output.logprobs or ()
-        self.tokens += len(output.token_ids)
+        self.token_ids += output.token_ids
         self.finish_reason = output.finish_reason or self.finish_reason
+        self.stop_reason = output.stop_reason
         self.cumulative_logprob = output.cumulative_logprob
 
 
 @dataclasses.dataclass(slots=True)
 class Answer:
-    """A prompt's answer: its `n` choices, the likeliest first where they are the best of more."""
+    """A prompt's answer: its `n` choices, the likeliest first where they are the best of more.
+
+    embedding: f32[D], of a request with `pooling`, of any length.
+    """
 
     choices: list[Choice]
     prompt_logprobs: Sequence[TokenLogprob | None] = ()
+    embedding: NDArray[np.float32] | None = None
 
     def keep(self, n: int) -> None:
         if n < len(self.choices):
-            self.choices.sort(key=lambda one: -mean_logprob(one.cumulative_logprob, one.tokens))
+            self.choices.sort(key=lambda one: -mean_logprob(one.cumulative_logprob, len(one.token_ids)))
             del self.choices[n:]
 
 
@@ -56,6 +65,8 @@ async def collect(call: Call, requests: Sequence[Request], usage: Usage) -> list
                 answer = answers[prompt]
                 answer.choices[output.index].add(output)
                 answer.prompt_logprobs = output.prompt_logprobs or answer.prompt_logprobs
+                if output.embedding is not None:
+                    answer.embedding = output.embedding
     for answer, request in zip(answers, requests, strict=True):
         answer.keep(request.params.n)
     return answers
@@ -90,6 +101,11 @@ class Usage:
         if all(self._from_cache):
             body["response_cached"] = True
         return body
+
+
+def token_name(tokenizer: TokenizerLike | None, token_id: int, *, as_id: bool) -> str:
+    """What a token is called in a list of log-probabilities; vLLM's form where its id is asked for."""
+    return f"token_id:{token_id}" if as_id else token_text(tokenizer, token_id)
 
 
 def finite(logprob: float) -> float:

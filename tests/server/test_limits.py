@@ -1,0 +1,180 @@
+"""What one connection may cost: bytes of headers, time, connections, and replies that nobody reads."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import orjson
+import pytest
+
+from jaxserve.server import bridge, protocol, run
+from tests.server.fakes import FakeEngine
+from tests.server.harness import MODEL, Serve, Served, until
+
+
+@contextlib.contextmanager
+def connected(served: Served) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        yield connection
+
+
+def answer(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    data = b""
+    while piece := connection.recv(2**16):
+        data += piece
+    return data
+
+
+HEADERS = {
+    "one line": b"X: " + b"x" * 2**20,
+    "many lines": b"\r\n".join(b"X%d: y" % number for number in range(90_000)),
+    "just too large": b"X: " + b"x" * (protocol.MAX_HEADER_BYTES + protocol.SLICE),
+    "many lines of one name": b"\r\n".join([b"X: y"] * 200_000),
+}
+
+
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
+def test_large_headers_get_a_431(served: Served, headers: bytes) -> None:
+    with connected(served) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n")
+        reply = answer(connection)
+    assert reply.startswith(b"HTTP/1.1 431 ")
+    error = orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["code"], error["type"]) == ("headers_too_large", "invalid_request_error")
+    served.as_new()
+
+
+def test_a_large_request_line_gets_a_431(served: Served) -> None:
+    with connected(served) as connection:
+        connection.sendall(b"GET /" + b"x" * 2**20)
+        assert answer(connection).startswith(b"HTTP/1.1 431 ")
+
+
+def test_headers_of_allowed_size_pass(served: Served) -> None:
+    value = b"x" * (protocol.MAX_HEADER_BYTES - 1000)
+    for whole in (True, False):
+        with connected(served) as connection:
+            head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: " + value + b"\r\n\r\n"
+            for start in range(0, len(head), len(head) if whole else 5000):
+                connection.sendall(head[start : start + (len(head) if whole else 5000)])
+            assert answer(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"\x16\x03\x01\x02\x00", b"GET", b"GET /\x00 HTTP/1.1", b"\r\n\r\n\r\n!"],
+)
+def test_what_is_not_http(served: Served, request_line: bytes) -> None:
+    with connected(served) as connection:
+        connection.sendall(request_line + b"\r\nHost: x\r\n\r\n")
+        reply = answer(connection)
+    assert reply.startswith(b"HTTP/1.1 400 ")
+    assert orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_requests_one_after_another_in_one_packet(served: Served) -> None:
+    with connected(served) as connection:
+        request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        connection.sendall(request * 50 + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert answer(connection).count(b"HTTP/1.1 200 ") == 51
+
+
+# --- connections ---
+
+
+def test_connections_have_a_bound(serve: Serve) -> None:
+    served = serve(FakeEngine(slots=4, delay=0.01), max_connections=3)
+    content = orjson.dumps({"model": MODEL, "prompt": "a", "max_tokens": 250, "stream": True})
+    streams = [served.connect("/v1/completions", content) for _ in range(3)]
+    for stream in streams:
+        assert stream.recv(12) == b"HTTP/1.1 200"
+    with connected(served) as one_more:
+        assert answer(one_more).startswith(b"HTTP/1.1 503 ")
+    streams.pop().close()
+    until(lambda: len(served.server.server_state.connections) == 2)
+    assert served.http.get("/health").status_code == 200
+    with connected(served) as newer:  # the connection of `served.http` idles: it makes room
+        newer.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert newer.recv(12) == b"HTTP/1.1 200"
+    for stream in streams:
+        stream.close()
+    served.as_new()
+
+
+def test_files_are_allowed_for_connections() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
+        run.allow_files(600)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 600
+        run.allow_files(100)  # never fewer
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# --- replies that nobody reads ---
+
+
+def unread(served: Served, body: dict[str, object]) -> socket.socket:
+    """A stream of many bytes to a client with a small window, who reads nothing of it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", served.port))
+    content = orjson.dumps({"model": MODEL, "prompt": "a", "stream": True, "logprobs": 20, **body})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def test_a_client_that_does_not_read_is_dropped(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 0.3)
+    served = serve(FakeEngine(slots=64, max_model_len=5000, pages=100_000))
+    with unread(served, {"max_tokens": 4000, "n": 32}):
+        until(lambda: served.engine.stats()["running"] > 0)
+        other = served.completion(max_tokens=5)  # others are not held up
+        assert other.json()["choices"][0]["text"] == "bcdef"
+        until(lambda: not served.server._context.bridge.calls)
+        until(lambda: len(served.server.server_state.connections) == 1)
+    served.as_new()
+
+
+def test_what_waits_for_a_slow_reader_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "MAX_UNREAD", 500)
+    served = serve(FakeEngine(slots=64, max_model_len=5000, pages=100_000, delay=0.001))
+    with unread(served, {"max_tokens": 4900, "n": 32}) as connection:
+        until(lambda: bool(served.server._context.bridge.calls))
+        [call] = served.server._context.bridge.calls
+        longest = 0
+        while call in served.server._context.bridge.calls and call._error is None:
+            longest = max(longest, len(call._buffer))
+            time.sleep(0.001)
+        assert longest <= 500 + 64
+        until(lambda: served.engine.stats()["generation_tokens_total"] < 32 * 4900)
+        connection.settimeout(10)
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(2**16):
+                data += piece
+                if b"[DONE]" in data:
+                    break
+        assert b"the client does not read its reply" in data
+    served.as_new()
+
+
+def test_a_slow_but_steady_reader_gets_everything(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 1.0)
+    served = serve(FakeEngine(slots=4, max_model_len=2000, pages=100_000, delay=0.0005))
+    with unread(served, {"max_tokens": 1000, "n": 2}) as connection:
+        data = b""
+        while b"[DONE]" not in data:
+            data += connection.recv(2**15)
+            time.sleep(0.001)
+    assert data.count(b'"finish_reason":"length"') == 2
+    served.as_new()
