@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -95,11 +95,6 @@ async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
     if size > limit:
         raise too_large
     return b"".join(kept)
-
-
-async def off_loop[T](size: int, work: Callable[[], T]) -> T:
-    """`work()`, on a thread where a body of `size` bytes makes it long enough to hold up other streams."""
-    return await asyncio.to_thread(work) if size > OFF_LOOP_BYTES else work()
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Self
@@ -23,6 +24,8 @@ from jaxserve.server import record
 from jaxserve.server.errors import ApiError, bad_request, engine_failed, queue_full, too_late
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5  # how often the engine's health is looked at while requests wait for it
 # increments that a client may leave unread: at 100 tokens a second, over a minute of them
@@ -91,7 +94,11 @@ class Bridge:
         now = time.monotonic()
         while self._arrived:
             call, prompt, output = self._arrived.popleft()
-            call.push(prompt, output, now)
+            try:
+                call.push(prompt, output, now)
+            except Exception:  # a fault of ours: one client hears of it, the others' increments go on
+                log.exception("an increment could not be taken in")
+                call.fail(engine_failed("an internal error"))
 
 
 class Call:

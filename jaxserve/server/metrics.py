@@ -8,7 +8,9 @@ library registers appears here. Labels take values from short lists, never from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -140,10 +142,11 @@ class Metrics:
 
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], *, alias: str | None = None
-    ) -> Histogram:
-        histogram = Histogram(f"jaxserve_{name}", text, buckets=buckets, registry=None)
-        self._registry.register(_Aliased(histogram, None if alias is None else f"vllm:{alias}"))
-        return histogram
+    ) -> Tally:
+        names = (f"jaxserve_{name}",) if alias is None else (f"jaxserve_{name}", f"vllm:{alias}")
+        tally = Tally(names, text, buckets)
+        self._registry.register(tally)
+        return tally
 
     def _counter(
         self, name: str, text: str, labels: list[str], *, alias: tuple[str, str] | None = None
@@ -153,6 +156,34 @@ class Metrics:
         renamed = {} if alias is None else {labels[0]: alias[1]}
         self._registry.register(_Aliased(counter, None if alias is None else f"vllm:{alias[0]}", renamed))
         return counter
+
+
+class Tally(Collector):
+    """A histogram under one name or two, counted on the event loop and made when it is read: the library's
+    own takes a lock for each value, and there is one for each token.
+
+    bounds: the buckets' upper ones. counts: in each bucket, the last beyond every bound.
+    """
+
+    def __init__(self, names: Sequence[str], text: str, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+        self._names, self._text = names, text
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[int]:
+        """For each bound, and without one, how many values were not beyond it."""
+        return list(itertools.accumulate(self.counts))
+
+    def collect(self) -> Iterable[Metric]:
+        bounds = [*(str(float(bound)) for bound in self.bounds), "+Inf"]
+        buckets = [(bound, float(count)) for bound, count in zip(bounds, self.cumulative(), strict=True)]
+        for name in self._names:
+            yield HistogramMetricFamily(name, self._text, buckets=buckets, sum_value=self.sum)
 
 
 class _Aliased(Collector):

@@ -28,7 +28,7 @@ class SpecialText:
         self._backend = backend
         self._lock = threading.Lock()
         self._copy: tokenizers.Tokenizer | None = None
-        self._mark = -1
+        self._mark: int | None = None
 
     def shield(
         self, messages: Sequence[Any], variables: Mapping[str, Any]

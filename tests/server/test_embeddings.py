@@ -60,6 +60,11 @@ def test_the_openai_client(served: Served) -> None:
         assert reply.usage.total_tokens == 3
 
 
+def test_the_models_entry_states_size_and_pooling(served: Served) -> None:
+    [model] = served.http.get("/v1/models").json()["data"]
+    assert (model["embedding_size"], model["embedding_pooling"]) == (EMBEDDING_SIZE, "last")
+
+
 def test_base64_is_little_endian_f32(served: Served) -> None:
     item = post(served, encoding_format="base64", pooling="mean").json()["data"][0]
     vector = np.frombuffer(base64.b64decode(item["embedding"]), "<f4")

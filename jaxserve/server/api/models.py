@@ -11,6 +11,8 @@ from jaxserve.server.context import context_of
 from jaxserve.server.errors import json_response
 from jaxserve.server.holder import EngineHolder
 
+EMBEDDINGS = ("embedding_size", "embedding_pooling")  # facts that clients of /v1/embeddings need
+
 
 async def list_models(http: Request) -> Response:
     """503 until the model is warm: routers read this as readiness."""
@@ -27,10 +29,12 @@ async def get_model(http: Request) -> Response:
 
 def _model(holder: EngineHolder) -> dict[str, Any]:
     engine = holder.ready()
+    embeds = {name: engine.facts[name] for name in EMBEDDINGS if name in engine.facts}
     return {
         "id": holder.model_name,
         "object": "model",
         "created": holder.created,
         "owned_by": "jaxserve",
         "max_model_len": engine.limits.max_model_len,
+        **embeds,
     }

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import Histogram
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,6 +21,7 @@ from jaxserve.scheduler.types import SlotView, Tier
 from jaxserve.server.auth import tenant_of
 from jaxserve.server.context import Context, context_of
 from jaxserve.server.errors import ApiError, json_response
+from jaxserve.server.metrics import Tally
 
 MAX_NAMED = 16  # request ids that a page may call its own
 _SECRET = secrets.token_bytes(16)  # an id's short form is the same for as long as the process lives
@@ -113,17 +113,6 @@ def digest(request_id: str) -> str:
     return hashlib.blake2b(request_id.encode(), key=_SECRET, digest_size=4).hexdigest()
 
 
-def _histogram(histogram: Histogram) -> dict[str, Any]:
+def _histogram(tally: Tally) -> dict[str, Any]:
     """Its buckets' upper bounds and cumulative counts, the last without a bound; seconds."""
-    bounds: list[float | None] = []
-    counts: list[int] = []
-    total = 0.0
-    for metric in histogram.collect():
-        for sample in metric.samples:
-            if sample.name.endswith("_bucket"):
-                bound = float(sample.labels["le"])
-                bounds.append(None if bound == float("inf") else bound)
-                counts.append(int(sample.value))
-            elif sample.name.endswith("_sum"):
-                total = sample.value
-    return {"bounds": bounds, "counts": counts, "sum": total}
+    return {"bounds": [*tally.bounds, None], "counts": tally.cumulative(), "sum": tally.sum}
