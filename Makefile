@@ -78,7 +78,7 @@ $(VENV)/.made-%:
 $(VENV)-litellm/.installed: $(VENV)/.installed
 	@if [ "$$($(@D)/bin/python -c '$(IDENTITY)' 2>/dev/null)" != "$$($(BIN)/python -c '$(IDENTITY)')" ]; then \
 	  echo "making $(@D)"; rm -rf $(@D) && $(BIN)/python -m venv $(@D); fi
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check litellm
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check litellm mcp
 	@touch $@
 
 # The compilers of chips that are not here, one kind in each: they spoil an ordinary start of jax, so that they stay

@@ -31,7 +31,9 @@ def idle(llm: LLM) -> bool:
 def check(llm: LLM, wanted: list[dict[str, object]]) -> int:
     """How many replies ended; each of them is valid."""
     params = [
-        SamplingParams(temperature=1.0, seed=i, max_tokens=400, structured_outputs=StructuredOutputs(json=one))
+        SamplingParams(
+            temperature=1.0, seed=i, max_tokens=400, structured_outputs=StructuredOutputs(json=one)
+        )
         for i, one in enumerate(wanted)
     ]
     ended = 0

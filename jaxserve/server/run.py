@@ -26,7 +26,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from jaxserve.config import ServerOptions
+from jaxserve.prompts import encode_chat
 from jaxserve.protocols import EngineLike, GroupLike
+from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from jaxserve.server.app import Report, create_app, create_metrics_app
 from jaxserve.server.auth import Keys, load_keys
 from jaxserve.server.context import Context
@@ -188,6 +190,21 @@ def announce(say: Say, address: str, holder: EngineHolder, has_key: bool) -> Non
     )
 
 
+def _start_helpers(engine: EngineLike, say: Say) -> None:
+    """Has the processes started that render chat templates and judge grammars, before somebody waits for
+    them. A model that can have neither says so to those who ask."""
+    for start in (
+        lambda: encode_chat(engine.tokenizer, [{"role": "user", "content": "Hello"}]),
+        lambda: engine.compile_grammar(StructuredOutputs(json_object=True)),
+    ):
+        try:
+            start()
+        except RequestError:
+            pass
+        except Exception as error:  # the server runs all the same
+            say(f"warning: {type(error).__name__}: {error}")
+
+
 class Loader:
     """The thread that builds the engine while the server already answers."""
 
@@ -212,6 +229,7 @@ class Loader:
             engine.start()
             self._server.holder.set_engine(engine, name)
             self._on_ready()
+            _start_helpers(engine, self._say)
         except BaseException as error:  # whatever it is, the server must hear of it
             self.failed = True
             if not isinstance(error, OSError | ValueError | RuntimeError | MemoryError | ImportError):

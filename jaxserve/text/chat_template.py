@@ -1,6 +1,6 @@
 """A model's chat template: messages in, the prompt's text out, as `transformers` renders it.
 
-Templates come with model folders and are not trusted: `template_process.py` renders them.
+Templates come with model folders and are not trusted: `renderers.py` has them rendered.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 import jinja2.nodes
 
-from jaxserve.text.template_process import RenderError, Renderers, environment, shared
+from jaxserve.text.renderers import RenderError, Renderers, shared
+from jaxserve.text.template_process import environment
 
 
 class ChatTemplateError(ValueError):

@@ -1,9 +1,8 @@
 """Structured output: what a reply must look like, as a mask over the vocabulary for each of its tokens.
 
 llguidance compiles the grammar and finds the masks. What a client sends is first given to a process of its
-own (`grammar_judge.py`): some texts of a few hundred kilobytes make the library overflow its stack, others
-keep it busy for minutes. What passes there is compiled here, on a thread. Grammars are kept for the next
-request that wants the same one.
+own (`grammar_judge.py`), since the library may die of it; what passes there is compiled here, on a thread.
+Grammars are kept for the next request that wants the same one.
 
 Knows nothing of slots and steps; the engine asks `Masks` for the next mask and is told when it is there.
 """
@@ -24,7 +23,8 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxserve.text.grammar_judge import Judge, JudgeError, limits
+from jaxserve.text.grammar_judge import Judge, JudgeError
+from jaxserve.text.judge_process import limits
 from jaxserve.text.tokenizer import Tokenizer
 
 MAX_TEXT = 2**20  # bytes of a grammar

@@ -1,11 +1,6 @@
-"""A process that renders chat templates, and may hang or die of it.
+"""A process that renders chat templates, and may hang or die of it: see `renderers.py`.
 
-A template is a program that came with a model, and even a good one may take long over what a client sends.
-Its loops could be counted; one operation that runs for minutes, or a list that holds itself twice sixty times
-over, could not. So the parent writes a line of JSON and reads one; where none comes in time, or the process
-is gone, the render is refused and the next one gets a new process.
-
-Inside, templates run in jinja2's immutable sandbox, with the names that
+Templates run in jinja2's immutable sandbox, with the names that
 `transformers.utils.chat_template_utils` gives them and no others. Imports nothing of ours: it runs as a file.
 """
 
@@ -15,14 +10,8 @@ import contextlib
 import datetime
 import functools
 import json
-import os
 import resource
-import select
-import subprocess
 import sys
-import threading
-import time
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,124 +23,8 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-RENDER_SECONDS = 2.0
-START_SECONDS = 60.0
 MEMORY_BYTES = 2**30  # of data, beyond what the process holds when it begins
 MAX_CHARACTERS = 32 * 2**20  # of a rendered prompt
-PROCESSES = 4
-
-
-class RenderError(ValueError):
-    """Why there is no prompt: the template's own words, or that it took too much."""
-
-
-class Renderers:
-    """The parent's end: a few processes, made when they are needed. Any thread may ask."""
-
-    def __init__(self, limit: int = PROCESSES, *, seconds: float = RENDER_SECONDS) -> None:
-        self.seconds = seconds
-        self._places = threading.Semaphore(limit)
-        self._free: list[subprocess.Popen[bytes]] = []
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end_all, self._free)
-
-    def render(self, source: str, names: Mapping[str, Any]) -> str:
-        """The text that the template makes of these variables, which JSON must be able to hold.
-
-        Blocks, at most for `seconds` once it has a process. Raises RenderError.
-        """
-        try:
-            job = json.dumps([source, names]).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise RenderError(f"the chat template can only be given plain data: {error}") from None
-        with self._places:
-            with self._lock:
-                process = self._free.pop() if self._free else None
-            if process is not None and process.poll() is not None:
-                _end(process)
-                process = None
-            if process is None:
-                process = _spawn()
-            try:
-                answer = self._ask(process, job)
-            except BaseException:
-                _end(process)
-                raise
-            with self._lock:
-                self._free.append(process)
-        text, refusal = json.loads(answer)
-        if refusal is not None:
-            raise RenderError(refusal)
-        assert isinstance(text, str)
-        return text
-
-    def close(self) -> None:
-        self._finalizer()
-
-    def _ask(self, process: subprocess.Popen[bytes], job: bytes) -> bytes:
-        assert process.stdin is not None
-        try:
-            process.stdin.write(job)
-            process.stdin.flush()
-            return _line(process, self.seconds)
-        except TimeoutError:
-            raise RenderError(f"the chat template takes longer than {self.seconds:g} s") from None
-        except (OSError, EOFError):
-            raise RenderError("the chat template fails: it takes too much memory, or is too deep") from None
-
-
-@functools.cache
-def shared() -> Renderers:
-    """This program's."""
-    return Renderers()
-
-
-def _spawn() -> subprocess.Popen[bytes]:
-    # -S: what may be imported is what the parent may import, without looking for it again
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-S", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # Ctrl-C is the parent's matter
-    )
-    try:
-        _line(process, START_SECONDS)
-    except (TimeoutError, EOFError):
-        _end(process)
-        raise RenderError("the process that renders chat templates does not start") from None
-    return process
-
-
-def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """Raises TimeoutError, and EOFError where the process ended."""
-    assert process.stdout is not None
-    descriptor = process.stdout.fileno()
-    poll = select.poll()  # select() takes no descriptor beyond 1,024, which a server's may be
-    poll.register(descriptor, select.POLLIN)
-    end = time.monotonic() + seconds
-    parts: list[bytes] = []
-    while not (parts and parts[-1].endswith(b"\n")):
-        if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-            raise TimeoutError
-        part = os.read(descriptor, 2**20)
-        if not part:
-            raise EOFError
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            pipe and pipe.close()
-    process.wait()
-
-
-def _end_all(processes: list[subprocess.Popen[bytes]]) -> None:
-    while processes:
-        _end(processes.pop())
 
 
 # --- what templates see ----------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_pages_in_use_are_looked_at_while_it_runs(serve: Serve) -> None:
     ) as reply:
         lines = reply.iter_lines()
         next(lines)
-        until(lambda: served.server._context.metrics._page_share._sum.get() > 0)
+        until(lambda: served.server._context.metrics._page_share.sum > 0)
     name = "jaxserve_kv_cache_usage_sampled_ratio"
     assert 0 < scrape(served)[f"{name}_sum",] <= scrape(served)[f"{name}_count",]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError, names_read
-from jaxserve.text.template_process import RenderError, Renderers
+from jaxserve.text.renderers import RenderError, Renderers
 
 MESSAGES = [{"role": "user", "content": "x"}]
 SECONDS = 0.3

@@ -1,0 +1,52 @@
+"""A process that compiles grammars to see whether that can be done, and may hang or die of one.
+
+It has less stack than the threads of `grammars.py`, less memory and less of the processor. Imports nothing of
+ours: it runs as a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import threading
+
+import llguidance
+import numpy as np
+
+STACK_BYTES = 128 * 2**20
+MEMORY_BYTES = 2 * 2**30  # of data, beyond what it holds when it begins
+
+
+def limits() -> llguidance.LLParserLimits:
+    """Of one grammar's size and of the work for one mask: some 20 ms at most."""
+    return llguidance.LLParserLimits(verbose_errors=False)
+
+
+def main() -> None:
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    start = json.loads(sys.stdin.readline())
+    tokenizer = llguidance.LLTokenizer(
+        start["tokenizer"], n_vocab=start["vocab_size"], eos_token=start["end_tokens"] or None
+    )
+    mask = np.zeros(-(-start["vocab_size"] // 32), np.int32)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("null", flush=True)
+    for line in sys.stdin:
+        matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits())
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        print(json.dumps(matcher.get_error()[:1000] if matcher.is_error() else None), flush=True)
+        del matcher
+
+
+if __name__ == "__main__":
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
