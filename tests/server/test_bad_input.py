@@ -76,7 +76,7 @@ COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
     ({"prompt_logprobs": -1}, 400, "prompt_logprobs", None, "prompt_logprobs=-1 must lie in"),
     ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", None, "not available with stream"),
     ({"stop": [""]}, 400, "stop", None, "non-empty strings"),
-    ({"stop": ["x"] * 17}, 400, "stop", None, "stop has 17 strings; at most 16"),
+    ({"stop": ["x"] * 17}, 400, "stop", None, "stop: there are 17 items; at most 16"),
     ({"stop": [1]}, 400, "stop[0]", "invalid_value", "stop[0]: Input should be a valid string"),
     ({"stop": 5}, 400, "stop", "invalid_value", "stop: Input should be a valid list"),
     ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None, "-1 is not a token id"),

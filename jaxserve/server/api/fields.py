@@ -18,13 +18,22 @@ import pydantic
 from pydantic_core import PydanticCustomError
 
 from jaxserve.prompts import tier_of
-from jaxserve.scheduler.types import MAX_LOGIT_BIAS, RequestError, SamplingParams, StructuredOutputs, Tier
-from jaxserve.server.body import known_fields
+from jaxserve.scheduler.types import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    RequestError,
+    SamplingParams,
+    StructuredOutputs,
+    Tier,
+)
+from jaxserve.server.body import AtMost, known_fields
 from jaxserve.server.errors import bad_request
 
 MAX_SEQUENCES = 2048  # prompts times n (or best_of), of one HTTP request
 MAX_CACHE_SALT = 256  # bytes
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512  # OpenAI's own
+MAX_TOKEN_IDS = 2**19  # more than any vocabulary has
 MAX_USER = 512  # characters of `user` and `safety_identifier`
 
 # the JSON schema of what endpoints over texts take
@@ -179,7 +188,7 @@ class SamplingFields(PlaceFields):
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int | None = None
-    stop: Annotated[list[str], pydantic.BeforeValidator(_as_list)] = []
+    stop: Annotated[list[str], AtMost(MAX_STOP_STRINGS), pydantic.BeforeValidator(_as_list)] = []
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -189,10 +198,10 @@ class SamplingFields(PlaceFields):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], AtMost(MAX_STOP_TOKENS)] = []
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Annotated[list[int], AtMost(MAX_TOKEN_IDS)] | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None

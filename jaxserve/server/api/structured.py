@@ -12,7 +12,9 @@ import pydantic
 
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
+from jaxserve.server.body import AtMost
 
+MAX_CHOICES = 2**15
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"  # OpenAI's, of schemas and tools
 
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
@@ -44,7 +46,7 @@ class StructuredOutputsField(pydantic.BaseModel):
     json_: Annotated[dict[str, Any] | str | None, pydantic.Field(alias="json")] = None
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], AtMost(MAX_CHOICES)] | None = None
     grammar: str | None = None
 
 
@@ -62,7 +64,7 @@ class StructuredFields(pydantic.BaseModel):
     structured_outputs: StructuredOutputsField | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], AtMost(MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
 
     def wanted(self) -> Wanted | None:
