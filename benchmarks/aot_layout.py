@@ -39,7 +39,7 @@ from jaxserve.weights import abstract_params, layout_for
 from pallas_kernels import aot_compile, hlo, targets, traffic
 from sharding import MeshShape, make_mesh, parse_mesh
 
-KINDS = ("decode", "prefill", "copy_pages", "place_pages")
+KINDS = ("decode", "prefill", "mask_slots", "edit_slot", "copy_pages", "place_pages")
 SLOTS, PAGE, POOL_PAGES, CHUNK = 64, 64, 2048, 512
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
