@@ -21,6 +21,10 @@ class JudgeError(ValueError):
     """Why a grammar is refused."""
 
 
+class TooSlow(JudgeError):
+    """It may compile, given more time."""
+
+
 class Judge:
     """The parent's end. One thread at a time."""
 
@@ -38,7 +42,7 @@ class Judge:
             answer = child_process.ask(self._process, json.dumps(grammar).encode(), seconds)
         except TimeoutError:
             self.close()
-            raise JudgeError(f"it takes longer than {seconds:g} s to compile") from None
+            raise TooSlow(f"it takes longer than {seconds:g} s to compile") from None
         except (OSError, EOFError):
             self.close()
             raise JudgeError("the compiler fails over it: it is too large or too deep") from None

@@ -23,16 +23,15 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxserve.text.grammar_judge import Judge, JudgeError
+from jaxserve.text.grammar_judge import Judge, JudgeError, TooSlow
 from jaxserve.text.judge_process import limits
 from jaxserve.text.tokenizer import Tokenizer
 
 MAX_TEXT = 2**20  # bytes of a grammar
-COMPILE_SECONDS = 10.0  # that a grammar may take
-MAX_COMPILING = 32  # grammars that wait to be compiled
+QUICK_SECONDS, COMPILE_SECONDS = 1.0, 10.0  # that most grammars may take, and the few that take longer
+MAX_COMPILING, MAX_SLOW = 16, 4  # grammars that wait to be compiled, and of these those that take longer
 KEPT, KEPT_BYTES = 256, 16 * 2**20  # grammars, and bytes of their texts, that are remembered
 STACK_BYTES = 512 * 2**20  # of address space: only what is used takes memory
-COMPILERS = 2
 MASK_THREADS = min(4, os.cpu_count() or 1)
 JSON_SPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"  # between JSON's tokens: no reply is filled with blanks
 
@@ -75,17 +74,21 @@ class Grammar:
     """A compiled grammar. Each sequence gets a matcher of its own.
 
     mask: i32[W], bit t of the words is set where token t may come first. size: of its text, in bytes.
+    vocab_size: llguidance's, perhaps more than W words hold.
     """
 
-    def __init__(self, size: int, matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> None:
+    def __init__(
+        self, size: int, matcher: llguidance.LLMatcher, mask: NDArray[np.int32], vocab_size: int
+    ) -> None:
         self.size = size
         self.mask = mask
+        self._vocab_size = vocab_size
         self._matcher = matcher
         self._lock = threading.Lock()
 
     def start(self) -> Matcher:
         with self._lock:
-            return Matcher(self._matcher.deep_copy(), self.mask)
+            return Matcher(self._matcher.deep_copy(), self.mask, self._vocab_size)
 
 
 class Matcher:
@@ -95,8 +98,9 @@ class Matcher:
     be found.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, mask: NDArray[np.int32]) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, mask: NDArray[np.int32], vocab_size: int) -> None:
         self.mask = mask
+        self._vocab_size = vocab_size
         self.complete = False
         self.error: str | None = None
         self._matcher = matcher
@@ -106,13 +110,17 @@ class Matcher:
         if self._matcher.consume_token(token):
             self.complete = self._matcher.is_stopped()
             if not self.complete:
-                mask = np.zeros_like(self.mask)
-                self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-                self.mask = mask
+                self.mask = _mask(self._matcher, self._vocab_size)[: len(self.mask)]
         if self._matcher.is_error():
             self.error = f"the grammar cannot be followed: {_short(self._matcher.get_error())}"
         elif not self.complete and not self.mask.any():
             self.error = "the grammar allows no further token"
+
+
+def _mask(matcher: llguidance.LLMatcher, vocab_size: int) -> NDArray[np.int32]:
+    mask = np.zeros(-(-vocab_size // 32), np.int32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return mask
 
 
 class Grammars:
@@ -131,16 +139,14 @@ class Grammars:
         self._kept: collections.OrderedDict[tuple[str, bytes], Grammar] = collections.OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
-        self._waiting = 0
         self._made: llguidance.LLTokenizer | None = None
-        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
-        self._judges: list[Judge] = []
+        self._lanes: list[_Lane] = []  # quick, slow
+        self._closed = False
 
     def compile(self, kind: str, text: str) -> Grammar:
         """The grammar of a text: see KINDS.
 
-        Blocks while it is compiled, at most COMPILE_SECONDS and some. Raises GrammarError, and
-        TooManyGrammars.
+        Blocks while it is compiled. Raises GrammarError, and TooManyGrammars.
         """
         try:
             data = text.encode()
@@ -153,18 +159,18 @@ class Grammars:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
                 return found
-            if self._waiting >= MAX_COMPILING:
-                raise TooManyGrammars(f"{self._waiting} grammars wait to be compiled")
-            self._waiting += 1
-            if self._threads is None:
+            if self._closed:
+                raise GrammarError("the engine is closed")
+            if not self._lanes:
                 self._start()
-            assert self._threads is not None
-            compiling = self._threads.submit(self._compile, kind, text, len(data))
+            quick, slow = self._lanes
         try:
-            made = compiling.result()
-        finally:
-            with self._lock:
-                self._waiting -= 1
+            made = quick.compile(kind, text, len(data))
+        except TooSlow:
+            try:
+                made = slow.compile(kind, text, len(data))
+            except TooSlow as error:
+                raise GrammarError(str(error)) from None
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made
@@ -176,47 +182,27 @@ class Grammars:
 
     def close(self) -> None:
         with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
-        for judge in self._judges:
-            judge.close()
+            self._closed = True
+            lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.close()
 
     def _start(self) -> None:
         self._source = self._tokenizer.backend.to_str()
-        free = collections.deque[Judge]()
-        for _ in range(COMPILERS):
-            free.append(Judge(self._source, self._vocab_size, self._end_tokens))
-        self._judges = list(free)
-        self._free = free
-        with big_stacks():
-            self._threads = concurrent.futures.ThreadPoolExecutor(
-                COMPILERS, "jaxserve-grammar", initializer=_give_way
-            )
-            for _ in range(COMPILERS):  # threads are made by what is submitted
-                self._threads.submit(lambda: None)
+        self._lanes = [
+            _Lane(self, Judge(self._source, self._vocab_size, self._end_tokens), seconds, most)
+            for seconds, most in ((QUICK_SECONDS, MAX_COMPILING), (COMPILE_SECONDS, MAX_SLOW))
+        ]
 
-    def _compile(self, kind: str, given: str, size: int) -> Grammar:
-        text = KINDS[kind](given)
-        judge = self._free.popleft()  # as many as there are threads
-        try:
-            judge.check(text, COMPILE_SECONDS)
-        except JudgeError as error:
-            raise GrammarError(_short(error)) from None
-        finally:
-            self._free.append(judge)
+    def finish(self, text: str, size: int) -> Grammar:
+        """The grammar of a text that passed its judge."""
         matcher = llguidance.LLMatcher(self._tokens(), text, log_level=0, limits=limits())
+        mask = None if matcher.is_error() else _mask(matcher, self._vocab_size)[: self._words]
         if matcher.is_error():
             raise GrammarError(_short(matcher.get_error()))
-        mask = np.zeros(self._words, np.int32)
-        full = np.zeros(-(-self._vocab_size // 32), np.int32)
-        matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
-        if matcher.is_error():
-            raise GrammarError(_short(matcher.get_error()))
-        mask[:] = full[: self._words]
-        if not mask.any():
+        if mask is None or not mask.any():
             raise GrammarError("no text can follow it")
-        return Grammar(size, matcher, mask)
+        return Grammar(size, matcher, mask, self._vocab_size)
 
     def _tokens(self) -> llguidance.LLTokenizer:
         with self._lock:
@@ -225,6 +211,49 @@ class Grammars:
                     self._source, n_vocab=self._vocab_size, eos_token=self._end_tokens or None
                 )
             return self._made
+
+
+class _Lane:
+    """One thread that compiles, with a judge of its own: who needs seconds holds up only others who do."""
+
+    def __init__(self, grammars: Grammars, judge: Judge, seconds: float, most: int) -> None:
+        self._grammars, self._judge, self._seconds, self._most = grammars, judge, seconds, most
+        self._waiting = 0
+        self._lock = threading.Lock()
+        with big_stacks():
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxserve-grammar", _give_way)
+            self._thread.submit(lambda: None)  # threads are made by what is submitted
+
+    def compile(self, kind: str, text: str, size: int) -> Grammar:
+        with self._lock:
+            if self._waiting >= self._most:
+                raise TooManyGrammars(f"{self._waiting} grammars wait to be compiled")
+            self._waiting += 1
+        try:
+            try:
+                compiling = self._thread.submit(self._compile, kind, text, size)
+            except RuntimeError:
+                raise GrammarError("the engine is closed") from None
+            return compiling.result()
+        except concurrent.futures.CancelledError:
+            raise GrammarError("the engine is closed") from None
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._judge.close()
+
+    def _compile(self, kind: str, given: str, size: int) -> Grammar:
+        text = KINDS[kind](given)
+        try:
+            self._judge.check(text, self._seconds)
+        except TooSlow:
+            raise
+        except JudgeError as error:
+            raise GrammarError(_short(error)) from None
+        return self._grammars.finish(text, size)
 
 
 class Masks:

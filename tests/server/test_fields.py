@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import orjson
 import pydantic
 import pytest
 
+from jaxserve.engine.outputs import EngineBusy
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from tests.server import templates
 from tests.server.fakes import FakeEngine
@@ -405,3 +407,33 @@ def test_the_error_is_the_clients_own(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         served.openai.chat.completions.create(model=MODEL, messages=[USER], functions=[])
     assert (caught.value.param, caught.value.code) == ("functions", "unsupported_parameter")
+
+
+def test_who_waits_for_a_grammar_keeps_nobody_from_chatting(serve: Serve) -> None:
+    go = threading.Event()
+    slow = FakeEngine()
+    slow.compile_grammar = lambda wanted: go.wait(20) and wanted  # type: ignore[method-assign]
+    served = serve(slow)
+    fields = {"model": MODEL, "prompt": "a", "max_tokens": 1, "structured_outputs": {"regex": "b"}}
+    connections = [served.connect("/v1/completions", orjson.dumps(fields)) for _ in range(40)]
+    try:
+        assert served.chat(max_tokens=1).status_code == 200
+        assert served.completion(max_tokens=1, prompt="x" * 20_000).status_code == 400  # beyond the context
+        assert not any(request.params.structured_outputs for request in slow.requests)
+    finally:
+        go.set()
+        for connection in connections:
+            assert connection.recv(20).startswith(b"HTTP/1.1 200")
+            connection.close()
+
+
+def test_too_many_grammars_at_once(serve: Serve) -> None:
+    busy = FakeEngine()
+
+    def refuse(wanted: object) -> None:
+        raise EngineBusy(3)
+
+    busy.compile_grammar = refuse  # type: ignore[method-assign]
+    reply = serve(busy).completion(structured_outputs={"regex": "b"})
+    assert reply.status_code == 429
+    assert reply.headers["retry-after"] == "3"

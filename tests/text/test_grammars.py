@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,28 @@ def test_what_kills_the_compiler_kills_no_server(grammars: Grammars) -> None:
     assert grammars.compile("regex", "after[0-9]").mask.any()
 
 
-def test_what_takes_too_long_is_stopped(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMPILE_SECONDS", 0.5)
+def test_what_takes_too_long_is_stopped(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUICK_SECONDS", 0.3)
+    monkeypatch.setattr(module, "COMPILE_SECONDS", 2.5)
+    grammars = Grammars(tokenizer, VOCAB, tokenizer.eos_token_ids)
     terms = "start: R0\n" + "\n".join(f'R{i}: R{i + 1} "x"' for i in range(12_000)) + '\nR12000: "a"'
-    with pytest.raises(GrammarError, match=r"0\.5 s"):
-        grammars.compile("grammar", terms)
-    assert grammars.compile("regex", "later[0-9]").mask.any()
+    refused: list[GrammarError] = []
+
+    def ask() -> None:
+        with pytest.raises(GrammarError, match=r"2\.5 s") as error:
+            grammars.compile("grammar", terms)
+        refused.append(error.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.1)
+    for i in range(5):  # others wait for its quick try at most, not for the long one
+        assert grammars.compile("regex", f"later[0-9]{i}").mask.any()
+    assert asking.is_alive()
+    asking.join()
+    assert refused
+    assert grammars.compile("regex", "after").mask.any()
+    grammars.close()
     assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
 
 
@@ -165,10 +182,21 @@ def test_the_same_grammar_is_compiled_once_and_few_are_kept(
     grammars.close()
 
 
-def test_so_many_may_wait(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_may_wait(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_COMPILING", 0)
+    grammars = Grammars(tokenizer, VOCAB, tokenizer.eos_token_ids)
     with pytest.raises(TooManyGrammars):
         grammars.compile("regex", "one more")
+    grammars.close()
+    with pytest.raises(GrammarError, match="closed"):
+        grammars.compile("regex", "one more")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, 3000, tokenizer.eos_token_ids)
+    text = walk(grammars.compile("regex", "[a-c]{5}"), tokenizer, random.Random(0))
+    assert text is not None and re.fullmatch("[a-c]{5}", text)
+    grammars.close()
 
 
 def test_closing_ends_the_judges(tokenizer: Tokenizer) -> None:

@@ -8,6 +8,8 @@ it beside the event loop.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,7 +21,13 @@ from jaxserve.server.api.results import Answer, Usage
 from jaxserve.server.body import OFF_LOOP_BYTES, parse_object
 
 # what a body that asks for a grammar holds somewhere; a prompt that holds it goes by the thread for nothing
-COMPILED = (b'"response_format"', b'"structured_outputs"', b'"guided_', b"\\u")
+COMPILED = (
+    *(b'"response_format"', b'"structured_outputs"', b'"guided_', b"\\u"),
+    *(b'"tools"', b'"format"', b'"output_format"', b'"output_config"'),  # of turns
+)
+# Of their own, so that many who wait for grammars leave the others a thread. A grammar's queue is shorter.
+THREADS = concurrent.futures.ThreadPoolExecutor(16, "jaxserve-prepare")
+GRAMMAR_THREADS = concurrent.futures.ThreadPoolExecutor(48, "jaxserve-prepare-grammar")
 
 
 class Job(Protocol):
@@ -65,6 +73,9 @@ async def prepared[J](
     def work() -> J:
         return prepare(parse_object(data), engine, check_model, caller)
 
-    if always_on_thread or len(data) > OFF_LOOP_BYTES or any(word in data for word in COMPILED):
-        return await asyncio.to_thread(work)
-    return work()
+    compiles = any(word in data for word in COMPILED)
+    if not (always_on_thread or compiles or len(data) > OFF_LOOP_BYTES):
+        return work()
+    threads = GRAMMAR_THREADS if compiles else THREADS
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(threads, context.run, work)

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
+from jaxserve.engine.outputs import EngineBusy
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from jaxserve.server.body import AtMost
+from jaxserve.server.errors import queue_full
 
 MAX_CHOICES = 2**15
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"  # OpenAI's, of schemas and tools
@@ -131,8 +133,10 @@ def _guided(name: str, value: Any) -> Wanted:
 
 def compiled(engine: EngineLike, outputs: StructuredOutputs, param: str) -> Any:
     """The grammar, for `check_request`. Raises RequestError that names `param`, whichever field it was that
-    the engine found at fault."""
+    the engine found at fault; and ApiError 429 where too many others wait for theirs."""
     try:
         return engine.compile_grammar(outputs)
+    except EngineBusy as error:
+        raise queue_full(error) from error
     except RequestError as error:
         raise RequestError(str(error), param=param, code=error.code) from error
