@@ -51,7 +51,8 @@ async def one_request(port: int, path: str, body: bytes) -> tuple[int, float, fl
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         start = await reader.readuntil(b"\r\n\r\n")
         if not start.startswith(b"HTTP/1.1 200"):

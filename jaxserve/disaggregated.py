@@ -33,6 +33,7 @@ from jaxserve.scheduler.types import (
     SamplingParams,
     SlotView,
     StructuredOutputs,
+    Tier,
 )
 from jaxserve.scheduler.types import Sequence as Running
 
@@ -231,6 +232,8 @@ class Disaggregated:
             stats["waiting"] += request.params.sequences
             stats[f"waiting_{request.tier}"] += request.params.sequences
             stats["waiting_tokens"] += len(request.prompt_token_ids)
+            if request.tier is Tier.ONLINE:
+                stats["waiting_tokens_online"] += len(request.prompt_token_ids)
         stats["moved_pages_total"] = self._moved_pages
         return stats
 

@@ -130,7 +130,10 @@ class Replicas:
             if not self.healthy or self._closing:
                 raise RuntimeError(f"the engine does not run: {self.failure or 'it was closed'}")
             stats = self.stats()
-            waiting, tokens = stats["waiting"], stats["waiting_tokens"]
+            if all(request.tier is Tier.ONLINE for request, _ in requests):
+                waiting, tokens = stats["waiting_online"], stats["waiting_tokens_online"]
+            else:
+                waiting, tokens = stats["waiting"], stats["waiting_tokens"]
             new = sum(len(request.prompt_token_ids) for request, _ in requests)
             if waiting >= self._max_queued or (waiting and tokens + new > self._max_queued_tokens):
                 self._rejected += len(requests)
@@ -163,6 +166,8 @@ class Replicas:
                 stats["waiting"] += request.params.sequences
                 stats[f"waiting_{request.tier}"] += request.params.sequences
                 stats["waiting_tokens"] += len(request.prompt_token_ids)
+                if request.tier is Tier.ONLINE:
+                    stats["waiting_tokens_online"] += len(request.prompt_token_ids)
         stats["replica_requests"] = [stats["requests_total"] for stats in each]
         return stats
 

@@ -86,7 +86,13 @@ def _leaf(rng: random.Random) -> dict[str, Any]:
             low = rng.randrange(-200, 200)
             return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(300)}
         case 2:
-            return {"type": "number", "exclusiveMinimum": -1.5, "maximum": 2.25}
+            low = rng.choice([-1.5, 0, 1, -10.25, 0.001])
+            high = low + rng.choice([0.5, 1, 2])
+            least, most = (
+                rng.choice(["minimum", "exclusiveMinimum"]),
+                rng.choice(["maximum", "exclusiveMaximum"]),
+            )
+            return {"type": "number", least: low, most: high}
         case 3:
             return {"type": ["boolean", "null"]}
         case 4:

@@ -65,7 +65,8 @@ class Scripted:
     def stats(self) -> dict[str, Any]:
         with self.lock:
             waiting = max(0, sum(len(left) for _, _, left in self.given.values()) - SLOTS)
-        counts = {"waiting": waiting, "waiting_tokens": 0, "waiting_online": waiting, "waiting_batch": 0}
+        counts = dict.fromkeys(("waiting_tokens", "waiting_tokens_online", "waiting_batch"), 0)
+        counts |= {"waiting": waiting, "waiting_online": waiting}
         return {**self.facts, **counts, "rejected_total": 0, "requests_total": self.requests}
 
     def start(self) -> None:

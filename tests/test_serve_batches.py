@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jaxserve.server.jobs.store import Batch, File, Store
+from jaxserve.server.jobs.store import Batch, Bounds, File, Store
 from tests.serving import Server, started
 from tests.tiny import write_model
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 LINES, KILLS = 400, 10
 FILE_ID, BATCH_ID = "file-" + "1" * 32, "batch_" + "2" * 32
+BOUNDS = Bounds(files=10, of_key=2**30, of_all=2**30)
 ARGS = (
     *("--max-slots", "4", "--prefill-chunk", "32", "--max-model-len", "96", "--page-size", "16"),
     *("--reproducible", "--log-level", "warning"),
@@ -47,7 +48,7 @@ def queue_job(folder: Path) -> None:
     store = Store(folder)
     written = store.incoming()
     written.write_bytes(content)
-    store.add_file(b"", File(FILE_ID, "in.jsonl", "batch", len(content), now, None), written)
+    store.add_file(b"", File(FILE_ID, "in.jsonl", "batch", len(content), now, None), written, BOUNDS)
     body = {
         "endpoint": "/v1/completions",
         "completion_window": "24h",

@@ -42,6 +42,7 @@ from jaxserve.scheduler.types import (
     SlotView,
     StepPlan,
     StructuredOutputs,
+    Tier,
 )
 from jaxserve.text.grammars import Grammar, GrammarError, Grammars, Masks, Matcher, TooManyGrammars
 from jaxserve.text.tokenizer import Tokenizer
@@ -105,7 +106,8 @@ class Engine:
 
     runner: compiled programs, and what they run on; see `build.py` for the kinds.
     prefill_rows: rows of each prefill bucket.
-    max_queued, max_queued_tokens: when so many wait, or tokens of prompts, requests are refused.
+    max_queued, max_queued_tokens: when so many wait, or tokens of prompts, requests are refused; batch work
+        that waits keeps no online request out.
     step_timeout: seconds after which a step that has not come back counts as stuck.
     choose_steps: draw several tokens per dispatch only while the device waits for the host, not always.
     """
@@ -151,6 +153,7 @@ class Engine:
         self._max_queued, self._max_queued_tokens = max_queued, max_queued_tokens
         self._step_timeout = step_timeout
         self._waits_for: tuple[float, _Flight] | None = None  # since when, while the device has the word
+        self._turn_begun: float | None = None  # when the loop began what it is at; None while it sleeps
         self._rate = Rate()
         self._busy = 0.0  # seconds spent in steps
         self._most_steps = scheduler.multi_step
@@ -183,12 +186,20 @@ class Engine:
 
     @property
     def stuck(self) -> str | None:
-        """What is stuck, when a device step has not come back for `step_timeout` seconds."""
+        """What is stuck: a device step, or a turn of the engine's thread, for `step_timeout` seconds."""
         waits = self._waits_for
-        if waits is None or (seconds := time.monotonic() - waits[0]) < self._step_timeout:
+        if waits is None:
+            return self._stuck_on_host()
+        if (seconds := time.monotonic() - waits[0]) < self._step_timeout:
             return None
         programs = ", ".join(f"{kind} {bucket}" for kind, bucket in waits[1].programs)
         return f"the device has not finished step {waits[1].plan.step} ({programs}) for {seconds:.0f} s"
+
+    def _stuck_on_host(self) -> str | None:
+        begun = self._turn_begun
+        if begun is None or (seconds := time.monotonic() - begun) < self._step_timeout:
+            return None
+        return f"the engine's thread has been in one turn for {seconds:.0f} s"
 
     def submit(self, *requests: tuple[Request, Sink]) -> None:
         """Queues requests, all or none. A sink is called on the engine's thread and must not block.
@@ -199,7 +210,7 @@ class Engine:
         with self._wake:
             if not self.healthy:
                 raise RuntimeError(f"the engine does not run: {self.failure or 'it was closed'}")
-            waiting, tokens = self._queued()
+            waiting, tokens = self._queued(max(requests, key=lambda one: one[0].tier is Tier.BATCH)[0].tier)
             new = sum(len(request.prompt_token_ids) for request, _ in requests)
             if waiting >= self._max_queued or (waiting and tokens + new > self._max_queued_tokens):
                 self._totals["rejected_total"] += len(requests)
@@ -240,22 +251,25 @@ class Engine:
             self._inbox.append(request_id)
             self._wake.notify()
 
-    def _queued(self) -> tuple[int, int]:
-        """(sequences that wait for a slot, tokens of their prompts)"""
+    def _queued(self, tier: Tier) -> tuple[int, int]:
+        """(sequences that wait for a slot, tokens of their prompts): of this tier and those that go first."""
         came = [item[0] for item in tuple(self._inbox) if isinstance(item, tuple)]
+        came = [request for request in came if tier is Tier.BATCH or request.tier is Tier.ONLINE]
         waiting = sum(request.params.sequences for request in came)
         tokens = sum(len(request.prompt_token_ids) for request in came)
-        return self.scheduler.num_waiting + waiting, self.scheduler.waiting_tokens + tokens
+        before = self.scheduler.waiting_before(tier)
+        return before[0] + waiting, before[1] + tokens
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, for `/metrics` and for people. Times are seconds."""
-        waiting, tokens = self._queued()
+        waiting, tokens = self._queued(Tier.BATCH)
         return {
             **self.facts,
             **self._totals,
             **self.scheduler.stats(),
             "waiting": waiting,
             "waiting_tokens": tokens,
+            "waiting_tokens_online": self._queued(Tier.ONLINE)[1],
             "steps": self.times.steps,
             "decode_steps": self.times.decoded,
             "decode_rows": self.times.rows,
@@ -372,8 +386,10 @@ class Engine:
         try:
             while True:
                 with self._wake:
+                    self._turn_begun = None
                     while not (self._inbox or self.scheduler.has_work or self._closing or self.failure):
                         self._wake.wait()
+                    self._turn_begun = time.monotonic()
                     if self.failure is not None:
                         raise self.failure
                     if self._closing:

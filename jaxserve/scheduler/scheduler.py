@@ -143,7 +143,7 @@ class Scheduler:
         self._no_page: list[int] = []  # slots that cannot decode in the plan being made
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._counts = {f"{what}_{tier}": 0 for what in ("running", "waiting", "preempted") for tier in Tier}
-        self._waiting_tokens = 0
+        self._waiting_tokens = dict.fromkeys(Tier, 0)
         self._totals = dict.fromkeys(("prefix_queries_tokens", "prefix_hit_tokens", "preemptions"), 0)
 
     # -- what there is ---------------------------------------------------------------------------------
@@ -155,7 +155,13 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that wait, a request's counted once however many sequences it has."""
-        return self._waiting_tokens
+        return sum(self._waiting_tokens.values())
+
+    def waiting_before(self, tier: Tier) -> tuple[int, int]:
+        """(sequences, prompt tokens) that wait of this tier and those that go first. Any thread may ask."""
+        tiers = list(Tier)[: list(Tier).index(tier) + 1]
+        sequences = sum(self._counts[f"waiting_{t}"] + self._counts[f"preempted_{t}"] for t in tiers)
+        return sequences, sum(self._waiting_tokens[t] for t in tiers)
 
     @property
     def num_running(self) -> int:
@@ -191,7 +197,7 @@ class Scheduler:
 
         running, waiting, preempted: sequences; preempted ones wait with output, and do not count as waiting.
             Also of each tier, as `running_online` and so on, by the tier that was asked for.
-        waiting_tokens: prompt tokens that wait, a request's counted once.
+        waiting_tokens: prompt tokens that wait, a request's counted once; waiting_tokens_online: of the tier.
         pages_free: that hold nothing; pages_cached: that nobody holds, but the prefix cache knows;
             pages_used: the others.
         prefix_queries_tokens: that were looked up; prefix_hit_tokens: of these, found.
@@ -205,7 +211,8 @@ class Scheduler:
         return {
             **sums,
             **self._counts,
-            "waiting_tokens": self._waiting_tokens,
+            "waiting_tokens": self.waiting_tokens,
+            "waiting_tokens_online": self._waiting_tokens[Tier.ONLINE],
             "pages_free": free - cached,
             "pages_cached": cached,
             "pages_used": self.pages.num_pages - free,
@@ -346,12 +353,12 @@ class Scheduler:
         sequence.status = Status.PREEMPTED if sequence.output else Status.WAITING
         self._waiting.push(sequence)
         self._counts[f"{sequence.status}_{sequence.request.tier}"] += 1
-        self._waiting_tokens += 0 if sequence.index else sequence.prompt_len
+        self._waiting_tokens[sequence.request.tier] += 0 if sequence.index else sequence.prompt_len
 
     def _unqueue(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._counts[f"{sequence.status}_{sequence.request.tier}"] -= 1
-        self._waiting_tokens -= 0 if sequence.index else sequence.prompt_len
+        self._waiting_tokens[sequence.request.tier] -= 0 if sequence.index else sequence.prompt_len
 
     def _release(self, sequence: Sequence) -> None:
         """Takes a running sequence's slot and pages away. Its last pages go first when others are needed: the
@@ -820,8 +827,10 @@ class Scheduler:
             f"{'running' if s.slot >= 0 else str(s.status)}_{s.request.tier}" for s in live
         )
         require({k: v for k, v in self._counts.items() if v} == counts, "states are miscounted")
-        tokens = sum(sequence.prompt_len for sequence in waiting if not sequence.index)
-        require(tokens == self._waiting_tokens, "waiting tokens are miscounted")
+        for tier in Tier:
+            own = [sequence for sequence in waiting if sequence.request.tier is tier and not sequence.index]
+            tokens = sum(sequence.prompt_len for sequence in own)
+            require(tokens == self._waiting_tokens[tier], "waiting tokens are miscounted")
 
     def _check_running(self, sequence: Sequence) -> None:
         require(sequence.status in (Status.PREFILL, Status.DECODE), "a held slot's sequence is not running")

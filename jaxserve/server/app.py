@@ -35,12 +35,13 @@ from jaxserve.server.api.responses import create_response
 from jaxserve.server.api.state import state
 from jaxserve.server.api.tokenize import detokenize, tokenize, tokenizer_info
 from jaxserve.server.auth import KeyMiddleware, Keys, fixed_keys, is_open
-from jaxserve.server.body import MAX_BODY_BYTES, OneLengthMiddleware
+from jaxserve.server.body import MAX_BODY_BYTES, Arrivals, OneLengthMiddleware
 from jaxserve.server.bridge import Bridge
 from jaxserve.server.context import Context
 from jaxserve.server.errors import ApiError, error_answer, stopping
 from jaxserve.server.holder import EngineHolder
 from jaxserve.server.jobs.desk import Desk
+from jaxserve.server.local import LocalMiddleware, is_loopback
 from jaxserve.server.logs import shown
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.openapi import openapi
@@ -107,6 +108,7 @@ def create_app(
     bridge = Bridge(holder, gauges)
     desk = Desk(options, bridge)
     gauges.watch_jobs(desk.count_jobs, desk.count_unwritten)
+    arrivals = Arrivals()
     context = Context(holder, bridge, gauges, options, desk, max_body_bytes)
 
     def count(record: Record, headers: Headers) -> None:
@@ -123,10 +125,12 @@ def create_app(
     middleware = [
         Middleware(OneLengthMiddleware),
         Middleware(KeyMiddleware, keys=keys),
-        Middleware(StoppingMiddleware, holder=holder),
+        Middleware(StoppingMiddleware, holder=holder, arrivals=arrivals),
     ]
     if options.cors_origins:
         middleware.insert(1, Middleware(CrossOriginMiddleware, origins=options.cors_origins))
+    if is_loopback(options.host):
+        middleware.insert(1, Middleware(LocalMiddleware, keys=keys, origins=options.cors_origins))
     app = App(
         routes=routes(),
         middleware=middleware,
@@ -141,6 +145,7 @@ def create_app(
     app.reports = [count, log_request, *reports]
     app.router.redirect_slashes = False  # a path is what it is: no redirects that carry a key elsewhere
     app.state.context = context
+    app.state.arrivals = arrivals
     return app
 
 
@@ -182,13 +187,16 @@ class CrossOriginMiddleware(CORSMiddleware):
 class StoppingMiddleware:
     """Once the server is told to stop, what was begun may end, and the rest hears why it is not begun."""
 
-    def __init__(self, app: ASGIApp, holder: EngineHolder) -> None:
+    def __init__(self, app: ASGIApp, holder: EngineHolder, arrivals: Arrivals) -> None:
         self.app = app
         self._holder = holder
+        self._arrivals = arrivals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._holder.stopping and not is_open(scope) and scope["path"] not in WHILE_STOPPING:
             await error_answer(scope, stopping())(scope, receive, send)
+        elif scope["type"] == "http":
+            await self.app(scope, self._arrivals.watched(receive), send)
         else:
             await self.app(scope, receive, send)
 

@@ -1,7 +1,7 @@
 """A request's body: bounded in bytes and in time, strict JSON, checked against a pydantic model.
 
-orjson refuses NaN, infinities, lone surrogates and nesting beyond 1,024 levels; integers beyond 64 bits
-come out of it as floats, which no integer field takes. A refusal is a 4xx that names the field at fault.
+orjson refuses NaN, infinities and lone surrogates; integers beyond 64 bits come out of it as floats, which no
+integer field takes. A refusal is a 4xx that names the field at fault.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from jaxserve.server.stream import ClientLeft
 
 MAX_BODY_BYTES = 16 * 2**20
 BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
+MAX_DEPTH = 200  # levels of a body, whose parts an answer may repeat
+WRITTEN_DEPTH = 254  # levels that orjson writes; it reads 1,024
+MAX_MEMBERS = 256  # of the body, and of any object in it that has a model: more than any has fields
 OFF_LOOP_BYTES = 16 * 2**10  # larger bodies are parsed and tokenized on a thread
 
 
@@ -51,8 +54,46 @@ class OneLengthMiddleware:
         await error_response(error)(scope, receive, send)
 
 
+class Arrivals:
+    """The bodies that are on their way. Once it is closed, nobody waits for what is missing of them."""
+
+    def __init__(self) -> None:
+        self._error: ApiError | None = None
+        self._waits: set[asyncio.Timeout] = set()
+
+    def close(self, error: ApiError) -> None:
+        """Raises `error` where a body is waited for, now and later."""
+        self._error = error
+        for wait in self._waits:
+            wait.reschedule(0)  # on the loop's clock: at once
+
+    def watched(self, receive: Receive) -> Receive:
+        """`receive`, ended by `close` until the body's last byte has come."""
+        whole = False
+
+        async def watched() -> Message:
+            nonlocal whole
+            if whole:  # what comes now is the client's leaving, which streams wait for
+                return await receive()
+            if self._error is not None:
+                raise self._error
+            try:
+                async with asyncio.timeout(None) as wait:
+                    self._waits.add(wait)
+                    message = await receive()
+            except TimeoutError:
+                assert self._error is not None
+                raise self._error from None
+            finally:
+                self._waits.discard(wait)
+            whole = not message.get("more_body", False)
+            return message
+
+        return watched
+
+
 async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The body's bytes. Raises ApiError 413 or 408, or ClientLeft."""
+    """The body's bytes. Raises ApiError 413, 408 or 415, or ClientLeft."""
     headers = Headers(scope=scope)
     declared = headers.get("content-length", "")
     too_large = ApiError(
@@ -65,7 +106,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES)
         raise too_large  # the client waits for leave to send: do not give it
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await _read(receive, limit, too_large)
+            data = await _read(receive, limit, too_large)
     except TimeoutError:
         raise ApiError(
             408,
@@ -73,6 +114,15 @@ async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES)
             code="request_timeout",
             headers={"Connection": "close"},
         ) from None
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"Content-Encoding: {coding[:64]!r} is not supported: send the body as it is",
+            code="unsupported_media_type",
+            headers={"Accept-Encoding": "identity"},  # RFC 9110, section 12.5.3
+        )
+    return data
 
 
 async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
@@ -106,7 +156,25 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", code="invalid_json")
+    if len(value) > MAX_MEMBERS:
+        raise bad_request(f"the body has {len(value)} members; at most {MAX_MEMBERS} are taken")
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and is_deep(value):  # few bodies have as many
+        raise bad_request(f"the body nests more than {MAX_DEPTH} levels", code="invalid_json")
     return {name: member for name, member in value.items() if member is not None}
+
+
+def is_deep(value: Any) -> bool:
+    """Whether what was read from JSON has more than MAX_DEPTH levels of lists and objects.
+
+    Writing it once tells, many times faster than a search of it here would.
+    """
+    for _ in range(WRITTEN_DEPTH - MAX_DEPTH):
+        value = [value]
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return True
+    return False
 
 
 def _refuse_non_finite(data: bytes) -> None:
@@ -146,25 +214,54 @@ def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -
         raise bad_request(message, param=param, code=code) from None
 
 
+class Strict(pydantic.BaseModel):
+    """An object that has these fields and no others, of these types and no others.
+
+    Refused by its size alone, before pydantic collects an error for each member: it holds the interpreter
+    meanwhile, and with it every stream.
+    """
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _few_members(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+            raise PydanticCustomError(
+                "too_long",
+                "there are {count} members; at most {most} are taken",
+                {"count": len(value), "most": MAX_MEMBERS},
+            )
+        return value
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AtMost:
-    """Of a list in a model: refused by its length alone, before anything in it is looked at.
+    """Of a list or a dict in a model: refused by its length alone, before anything in it is looked at.
 
-    pydantic's own `max_length` comes after the items, and collects an error for each of them.
+    pydantic's own `max_length` comes after the items, and collects an error for each of them. Of a list no
+    more than the first error is looked for.
     """
 
     items: int
 
     def __get_pydantic_core_schema__(self, source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._check, handler(source))
+        schema: Any = handler(source)
+        inner = schema
+        while inner["type"] != "list" and "schema" in inner:
+            inner = inner["schema"]
+        if inner["type"] == "list":
+            inner["fail_fast"] = True
+        return core_schema.no_info_before_validator_function(self._check, schema)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return handler(schema) | {"maxItems": self.items}
+        made = handler(schema)
+        return made | {"maxProperties" if made.get("type") == "object" else "maxItems": self.items}
 
     def _check(self, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > self.items:
+        if isinstance(value, list | dict) and len(value) > self.items:
             raise PydanticCustomError(
                 "too_long",
                 "there are {count} items; at most {most} items are taken",

@@ -56,8 +56,12 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
 
 def from_request_error(error: RequestError, names: Mapping[str, str] | None = None) -> ApiError:
     """The engine's refusal as a 400. `names`: what the client called the fields that went by another name."""
-    param = error.param if error.param is None else (names or {}).get(error.param, error.param)
-    return bad_request(str(error), param=param, code=error.code)
+    param, message = error.param, str(error)
+    if param is not None and names and param in names:
+        if message.startswith((f"{param}:", f"{param}=")):
+            message = names[param] + message[len(param) :]
+        param = names[param]
+    return bad_request(message, param=param, code=error.code)
 
 
 def not_ready(message: str, *, code: str, retry_after: int | None = 2) -> ApiError:

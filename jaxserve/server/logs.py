@@ -8,6 +8,7 @@ When too many wait, the rest is dropped, and counted.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import queue
@@ -21,6 +22,7 @@ MAX_WAITING = 10_000  # lines
 MAX_VALUE = 256  # characters of a value, of which the rest is cut off
 FLUSH_SECONDS = 2.0  # at the end, for a stderr that is still read
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+CLOSED = frozenset({errno.EPIPE, errno.EBADF})  # nobody will ever read what is written
 
 Write = Callable[[str], None]
 
@@ -82,7 +84,7 @@ class Writer:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
-        self._dropped = 0
+        self._dropped = 0  # for want of room in the queue
         self._thread = threading.Thread(target=self._run, name="jaxserve-log", daemon=True)
         self._thread.start()
 
@@ -99,14 +101,22 @@ class Writer:
         self._thread.join(FLUSH_SECONDS)
 
     def _run(self) -> None:
+        missing = 0
         while (line := self._lines.get()) is not None:
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                line = f"{line}\n({dropped} lines were dropped: nobody read them in time)"
+            dropped, self._dropped = self._dropped, 0
+            missing += dropped
+            if missing:
+                line = f"{line}\n({missing} lines were dropped: they could not be written in time)"
             try:
                 self._write(line)
-            except (OSError, ValueError):  # stderr is closed: there is nobody to tell
+            except ValueError:  # stderr is closed: there is nobody to tell
                 return
+            except OSError as error:
+                if error.errno in CLOSED:
+                    return
+                missing += 1  # a full disk has room again some day
+            else:
+                missing = 0
 
 
 class _Handler(logging.Handler):

@@ -47,6 +47,7 @@ from jaxserve.server.api.files import Fields, FilesQuery
 from jaxserve.server.api.messages.request import CountRequest, MessagesRequest
 from jaxserve.server.api.responses.request import ResponseRequest
 from jaxserve.server.api.tokenize import DetokenizeRequest, TokenizeRequest
+from jaxserve.server.body import MAX_DEPTH
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{model}"
@@ -61,6 +62,7 @@ STATUSES = {
     408: "The request did not arrive in time, or its own `timeout` passed.",
     409: "The state that it is in does not allow this.",
     413: "The body is larger than the server takes.",
+    415: "The body is compressed.",
     429: "Too much waits: `Retry-After` says for how many seconds.",
     431: "The headers are larger than the server takes.",
     500: "The server is at fault.",
@@ -68,10 +70,10 @@ STATUSES = {
     507: "The server's storage is full.",
 }
 ALWAYS = (400, 408, 431, 500, 503)  # the connection's own matters among them
-WITH_BODY = (413,)
+WITH_BODY = (413, 415)
 WITH_MODEL = (404,)
-QUEUED = (404, 413, 429)
-BODY_PARSE_LIMITS = "nesting beyond 1,024 levels, NaN, infinities and lone surrogates are refused"
+QUEUED = (404, *WITH_BODY, 429)
+BODY_PARSE_LIMITS = f"nesting beyond {MAX_DEPTH} levels, NaN, infinities and lone surrogates are refused"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "What is in a file", BATCH, other=("application/octet-stream",), statuses=(404, 507)
     ),
     ("POST", "/v1/batches"): Operation(
-        "Begins a batch", BATCH, takes=BatchRequest, gives=replies.BatchObject, statuses=(413, 429, 507)
+        "Begins a batch", BATCH, takes=BatchRequest, gives=replies.BatchObject, statuses=(*WITH_BODY, 429, 507)
     ),
     ("GET", "/v1/batches"): Operation(
         "This key's batches", BATCH, query=BatchesQuery, gives=replies.Batches, statuses=(507,)

@@ -1,11 +1,12 @@
 """uvicorn's h11 protocol, with the limits that it lacks.
 
 - A deadline for a request's line and headers: from a connection's start, and from the first byte of each
-  later request.
+  later request. The same for what is still to come of a body whose request was answered without it.
 - A bound on their bytes that holds however they arrive: 431 beyond it.
 - OpenAI's error object for what is not HTTP at all, which no application sees; and the client can read it, as
   the connection is not reset while the client still sends.
-- A bound on connections: one that idles makes room for a new one; where none does, 503.
+- A bound on connections: one that idles makes room for a new one, then the one that is under such a deadline
+  for longest; where there is none, 503.
 - A deadline for clients that do not read: what is written waits in bounded buffers, and then not for ever.
 """
 
@@ -22,7 +23,7 @@ from uvicorn.server import ServerState
 
 from jaxserve.server.errors import ApiError, bad_request, error_response, not_ready
 
-HEADER_SECONDS = 20.0  # a request line and headers that take longer are given up
+HEADER_SECONDS = 20.0  # a request line and headers that take longer are given up; so is an unwanted body
 MAX_HEADER_BYTES = 64 * 2**10
 SLICE = 16 * 2**10  # bytes that h11 gets at once while headers come: it measures only what it has been given
 SEND_SECONDS = 60.0  # a client that reads too little for so long is dropped
@@ -41,7 +42,7 @@ class HttpProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._deadline: asyncio.TimerHandle | None = None  # for headers
+        self._deadline: asyncio.TimerHandle | None = None  # for headers, and for the rest of an unwanted body
         self._unread: asyncio.TimerHandle | None = None  # for a client that does not read
         self._lingering = 0  # bytes that may still come after a refusal
 
@@ -57,13 +58,25 @@ class HttpProtocol(H11Protocol):
         self._arm()
 
     def _make_room(self) -> bool:
-        """Closes a connection that waits for its next request. False where there is none."""
+        """Closes a connection of which nobody waits for an answer. False where there is none.
+
+        Those who have no key hold no other ones: silent connections cannot shut out who has something to say.
+        """
+        oldest: HttpProtocol | None = None
         for other in self.connections:
-            if isinstance(other, HttpProtocol) and other.idle:
-                other.transport.abort()
-                self.connections.discard(other)
-                return True
-        return False
+            assert isinstance(other, HttpProtocol)
+            if other.idle:
+                oldest = other
+                break
+            if other._deadline is not None and (
+                oldest is None or oldest._deadline is None or other._deadline.when() < oldest._deadline.when()
+            ):
+                oldest = other
+        if oldest is None:
+            return False
+        oldest.transport.abort()
+        self.connections.discard(oldest)
+        return True
 
     @property
     def idle(self) -> bool:
@@ -90,10 +103,21 @@ class HttpProtocol(H11Protocol):
             size = SLICE if self.conn.their_state is h11.IDLE else len(view)
             super().data_received(bytes(view[:size]))
             view = view[size:]
-        if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
-            self._arm()  # headers are under way
+        ours, theirs = self.conn.our_state, self.conn.their_state
+        if (ours is h11.IDLE and theirs is h11.IDLE) or self._unwanted:  # headers are under way, or a body
+            self._arm()
         else:
             self._disarm()
+
+    @property
+    def _unwanted(self) -> bool:
+        """A body is still to come whose request is answered."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unwanted and not self.transport.is_closing():
+            self._arm()
 
     def send_400_response(self, msg: str) -> None:
         """Called while h11's exception is handled, which says what is wrong where `msg` does not."""

@@ -426,6 +426,9 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
+    type: Literal["model"]
+    display_name: str
+    created_at: str
     max_model_len: int
     embedding_size: int | None = None
     embedding_pooling: Literal["last", "mean"] | None = None
@@ -434,6 +437,9 @@ class Model(Reply):
 class Models(Reply):
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class Histogram(Reply):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import logging
 import os
 import resource
@@ -20,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -31,9 +30,11 @@ from jaxserve.protocols import EngineLike, GroupLike
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from jaxserve.server.app import Report, create_app, create_metrics_app
 from jaxserve.server.auth import Keys, load_keys
+from jaxserve.server.body import Arrivals
 from jaxserve.server.context import Context
 from jaxserve.server.errors import stopping
 from jaxserve.server.holder import EngineHolder, describe
+from jaxserve.server.local import is_loopback
 from jaxserve.server.logs import logging_to
 from jaxserve.server.protocol import MAX_HEADER_BYTES, HttpProtocol
 from jaxserve.server.traces import Traces, TracesError, otlp_exporter
@@ -159,13 +160,6 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def announce(say: Say, address: str, holder: EngineHolder, has_key: bool) -> None:
     """What a person needs to begin: where, how, and how much."""
     engine = holder.engine
@@ -283,6 +277,7 @@ class Server(uvicorn.Server):
         self._say = say or log.info
         app = create_app(holder, self.options, keys=keys, reports=reports)
         self._context: Context = app.state.context
+        self._arrivals: Arrivals = app.state.arrivals
         super().__init__(configured(app, self.options.max_connections))
 
     async def serve_and_load(
@@ -296,7 +291,8 @@ class Server(uvicorn.Server):
         if metrics_listener is None:
             await serving
         else:
-            beside = _Beside(configured(create_metrics_app(self._context), SPARE_FILES // 2))
+            config = configured(create_metrics_app(self._context), SPARE_FILES // 2, lifespan="off")
+            beside = _Beside(config)
             measuring = asyncio.create_task(beside.serve(sockets=[metrics_listener]))
             await serving
             beside.should_exit = beside.force_exit = True
@@ -319,6 +315,7 @@ class Server(uvicorn.Server):
         if open_now:
             await asyncio.wait(open_now, timeout=self.options.drain_seconds)
         self._context.bridge.close(stopping())
+        self._arrivals.close(stopping())
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -367,13 +364,15 @@ class _Beside(uvicorn.Server):
         yield
 
 
-def configured(app: ASGIApp, max_connections: int) -> uvicorn.Config:
+def configured(
+    app: ASGIApp, max_connections: int, lifespan: Literal["auto", "off"] = "auto"
+) -> uvicorn.Config:
     protocol = type("Protocol", (HttpProtocol,), {"max_connections": max_connections})
     return uvicorn.Config(
         app,
         http=protocol,
         ws="none",
-        lifespan="auto",
+        lifespan=lifespan,
         log_config=None,
         log_level="error",  # what clients do wrong is answered, and not worth a line of uvicorn's
         access_log=False,

@@ -118,10 +118,10 @@ class EventStream:
                     await send(_body(events))
                     call.sending = False
             except ApiError as error:
-                await send(_body(self._framed(self._failed(error))))
+                await send(_body(self._failure(error)))
             except Exception:
                 log.exception("a stream's translation failed")
-                await send(_body(self._framed(self._failed(engine_failed("an internal error")))))
+                await send(_body(self._failure(engine_failed("an internal error"))))
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
     async def _events(self, call: Call) -> AsyncIterator[bytes]:
@@ -137,6 +137,14 @@ class EventStream:
         closing = self._framed(self._closing())
         if closing:
             yield closing
+
+    def _failure(self, error: ApiError) -> bytes:
+        """What went wrong, in the API's words, or without them where those fail too."""
+        try:
+            return self._framed(self._failed(error))
+        except Exception:
+            log.exception("a stream's error could not be told")
+            return b"".join(map(event, failed(error)))
 
     def _framed(self, chunks: Iterable[dict[str, Any]]) -> bytes:
         return b"".join(map(self._frame, chunks))

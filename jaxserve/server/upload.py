@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from jaxserve.server.errors import ApiError, bad_request
-from jaxserve.server.jobs.store import flush, storage_errors
+from jaxserve.server.jobs.folder import flush, storage_errors
 from jaxserve.server.stream import ClientLeft
 
 PIECE_BYTES = 2**20  # of the file, that are written at once

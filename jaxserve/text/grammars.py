@@ -21,19 +21,22 @@ from typing import Any
 
 import llguidance
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from jaxserve.text.grammar_judge import Judge, JudgeError, TooSlow
+from jaxserve.text.json_schemas import SchemaError, kept
 from jaxserve.text.judge_process import limits
 from jaxserve.text.tokenizer import Tokenizer
 
 MAX_TEXT = 2**20  # bytes of a grammar
-QUICK_SECONDS, COMPILE_SECONDS = 1.0, 10.0  # that most grammars may take, and the few that take longer
+QUICK_SECONDS, COMPILE_SECONDS = 1.0, 5.0  # that most grammars may take, and the few that take longer
 MAX_COMPILING, MAX_SLOW = 16, 4  # grammars that wait to be compiled, and of these those that take longer
 KEPT, KEPT_BYTES = 256, 16 * 2**20  # grammars, and bytes of their texts, that are remembered
 STACK_BYTES = 512 * 2**20  # of address space: only what is used takes memory
 MASK_THREADS = min(4, os.cpu_count() or 1)
 JSON_SPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"  # between JSON's tokens: no reply is filled with blanks
+JSON_ESCAPES = 'nrbtf\\"'  # no \\u: a key that is written another way would not be known for itself
 
 
 class GrammarError(ValueError):
@@ -45,12 +48,22 @@ class TooManyGrammars(RuntimeError):
 
 
 def _json(schema: str) -> str:
-    if schema.lstrip()[:1] not in ("{", "t", "f"):  # true and false are schemas too
-        raise GrammarError("a JSON schema is an object")
-    options: Any = {"whitespace_pattern": JSON_SPACE, "lenient": False}
+    options: Any = {
+        "whitespace_pattern": JSON_SPACE,
+        "lenient": False,
+        "json_allowed_escapes": JSON_ESCAPES,
+    }
     try:
-        return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
-    except ValueError as error:
+        read = orjson.loads(schema)
+        if not isinstance(read, dict | bool):
+            raise GrammarError("a JSON schema is an object")
+        text = orjson.dumps(kept(read)).decode()
+        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+    except SchemaError as error:
+        raise GrammarError(str(error)) from None
+    except (ValueError, TypeError, RecursionError) as error:  # orjson writes no more than 254 levels
+        if isinstance(error, GrammarError):
+            raise
         raise GrammarError(f"this is not a JSON schema: {_short(error)}") from None
 
 
@@ -295,7 +308,7 @@ class Masks:
             whose, matcher, token = self._jobs.popleft()
             try:
                 matcher.advance(token)
-            except Exception as error:  # the sequence hears of it; the thread goes on for the others
+            except BaseException as error:  # the library's panics are no Exceptions; the thread goes on
                 matcher.error = f"the grammar cannot be followed: {_short(error)}"
             self._ready(whose, matcher)
 

@@ -15,7 +15,9 @@ import threading
 
 import llguidance
 import numpy as np
+from numpy.typing import NDArray
 
+STEPS = 8
 STACK_BYTES = 128 * 2**20
 MEMORY_BYTES = 2 * 2**30  # of data, beyond what it holds when it begins
 
@@ -23,6 +25,23 @@ MEMORY_BYTES = 2 * 2**30  # of data, beyond what it holds when it begins
 def limits() -> llguidance.LLParserLimits:
     """Of one grammar's size and of the work for one mask: some 20 ms at most."""
     return llguidance.LLParserLimits(verbose_errors=False)
+
+
+def _walk(matcher: llguidance.LLMatcher, mask: NDArray[np.int32], ends: frozenset[int], *, last: bool) -> str:
+    """What goes wrong in the first tokens of a reply, "" if nothing does: some grammars compile and then
+    cannot be followed. last: always the last token that is allowed, else the first."""
+    for _ in range(STEPS):
+        if matcher.is_stopped():
+            break
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        if matcher.is_error() or not len(allowed):
+            break
+        token = int(allowed[-1 if last else 0])
+        if token in ends:
+            break
+        matcher.consume_token(token)
+    return matcher.get_error()
 
 
 def main() -> None:
@@ -37,11 +56,14 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("null", flush=True)
+    ends = frozenset(start["end_tokens"])
     for line in sys.stdin:
         matcher = llguidance.LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits())
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        print(json.dumps(matcher.get_error()[:1000] if matcher.is_error() else None), flush=True)
+        error = matcher.get_error()
+        for last in (False, True):
+            if not error:
+                error = _walk(matcher.deep_copy(), mask, ends, last=last)
+        print(json.dumps(error[:1000] or None), flush=True)
         del matcher
 
 

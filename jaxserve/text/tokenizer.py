@@ -16,7 +16,7 @@ import tokenizers.processors
 
 from jaxserve.text.chat_template import ChatTemplate, ChatTemplateError
 from jaxserve.text.pieces import pieces_of
-from jaxserve.text.special_text import SpecialText
+from jaxserve.text.special_text import SpecialText, encoded
 
 
 class TokenizerError(ValueError):
@@ -88,7 +88,7 @@ class Tokenizer:
         Raises `TokenizerError` for text that is not Unicode: a lone surrogate.
         """
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return encoded(self.backend, text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(f"the text cannot be encoded: {_unicode_fault(text, error)}") from error
 

@@ -13,7 +13,7 @@ import pytest
 from jaxserve.build import build_engine
 from jaxserve.engine.outputs import EngineBusy, Output
 from jaxserve.engine.rate import Rate
-from jaxserve.scheduler.types import Finish, SamplingParams, check_request
+from jaxserve.scheduler.types import Finish, SamplingParams, Tier, check_request
 from tests.engine.conftest import OPTIONS
 from tests.tiny import VOCAB
 
@@ -298,3 +298,68 @@ def test_host_and_device_time_can_be_told_apart(engine, ask):
     host, device = engine.step_apart()
     assert host > 0 and device > 0
     assert engine.stats()["steps"] > 0 and engine.stats()["host_seconds"] > 0
+
+
+def test_batch_work_that_waits_keeps_no_online_request_out(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_max_queued", 4)
+    monkeypatch.setattr(engine, "_max_queued_tokens", 130)
+    replies: list[Output] = []
+
+    def submit(name: str, tier: Tier, count: int = 1) -> None:
+        made = [
+            check_request(
+                f"{name}-{i}", [1] * 30, SamplingParams(max_tokens=2), engine.limits, 0.0, tier=tier
+            )
+            for i in range(count)
+        ]
+        engine.submit(*((request, replies.append) for request in made))
+
+    submit("batch", Tier.BATCH, 40)  # as many as one likes where nobody waits
+    with pytest.raises(EngineBusy):
+        submit("more", Tier.BATCH)
+    engine.step()
+    with pytest.raises(EngineBusy):
+        submit("more", Tier.BATCH)
+    submit("online", Tier.ONLINE)
+    submit("online too", Tier.ONLINE, 3)
+    with pytest.raises(EngineBusy):  # by now there are online ones enough
+        submit("online again", Tier.ONLINE)
+    while engine.step():
+        pass
+    assert sum(output.finish_reason is Finish.LENGTH for output in replies) == 44
+
+
+def test_a_turn_that_does_not_end_is_stuck(engine, ask, monkeypatch):
+    """Wherever the engine's thread hangs, not only in a device step."""
+    go, plan = threading.Event(), engine.scheduler.plan
+
+    def hang(now: float):
+        go.wait(20)
+        return plan(now)
+
+    monkeypatch.setattr(engine, "_step_timeout", 0.1)
+    monkeypatch.setattr(engine.scheduler, "plan", hang)
+    thread = threading.Thread(target=engine._run)
+    thread.start()
+    try:
+        assert engine.stuck is None  # it sleeps
+        reply = ask([1, 2, 3], max_tokens=2)
+        end = time.monotonic() + 10
+        while engine.stuck is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert "one turn" in engine.stuck
+        go.set()
+        while not reply.finishes:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert engine.stuck is None
+    finally:
+        go.set()
+        with engine._wake:
+            engine._closing = True
+            engine._wake.notify()
+        thread.join()
+        engine._closing = False
+        engine._turn_begun = None

@@ -98,6 +98,7 @@ class FakeEngine(fakes.FakeEngine):
             **by_tier("preempted", []),
             "pages_cached": 3,
             "waiting_tokens": sum(len(one.request.prompt_token_ids) for one in waiting if not one.index),
+            "waiting_tokens_online": 0,
             "rejected_total": self.rejected,
             "prefix_queries_tokens": sum(len(one.prompt_token_ids) for one in self.requests),
             "prefix_hit_tokens": sum(self._cached.values()),

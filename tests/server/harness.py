@@ -84,7 +84,7 @@ class Served:
     def connect(self, path: str, body: bytes) -> socket.socket:
         """A connection on which a request was sent and nothing read: closing it is a client that leaves."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         return connection
 

@@ -9,7 +9,7 @@ import openai
 import orjson
 import pytest
 
-from tests.fakes import VOCABULARY
+from tests.fakes import VOCABULARY, FakeTokenizer
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served
 
@@ -76,7 +76,7 @@ COMPLETIONS: list[tuple[dict[str, Any], int, str | None, str | None, str]] = [
     ({"prompt_logprobs": -1}, 400, "prompt_logprobs", None, "prompt_logprobs=-1 must lie in"),
     ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", None, "not available with stream"),
     ({"stop": [""]}, 400, "stop", None, "non-empty strings"),
-    ({"stop": ["x"] * 17}, 400, "stop", None, "stop: there are 17 items; at most 16"),
+    ({"stop": ["x"] * 17}, 400, "stop", "invalid_value", "stop: there are 17 items; at most 16"),
     ({"stop": [1]}, 400, "stop[0]", "invalid_value", "stop[0]: Input should be a valid string"),
     ({"stop": 5}, 400, "stop", "invalid_value", "stop: Input should be a valid list"),
     ({"stop_token_ids": [-1]}, 400, "stop_token_ids", None, "-1 is not a token id"),
@@ -356,20 +356,21 @@ POST = b"POST /v1/completions HTTP/1.1\r\n"
 @pytest.mark.parametrize(
     ("sent", "text"),
     [
-        (POST + b"Host: x\r\nContent-Length: many\r\n\r\n", "bad Content-Length"),
-        (POST + b"Host: x\r\nContent-Length: -1\r\n\r\n", "bad Content-Length"),
-        (POST + b"Host: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", "Content-Length"),
+        (POST + b"Host: localhost\r\nContent-Length: many\r\n\r\n", "bad Content-Length"),
+        (POST + b"Host: localhost\r\nContent-Length: -1\r\n\r\n", "bad Content-Length"),
+        (POST + b"Host: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", "Content-Length"),
         (POST + b"Content-Length: 0\r\n\r\n", "Host"),
-        (POST + b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n", "chunk header"),
-        (POST + b"Host: x\r\n\xff\x00: y\r\n\r\n", "header"),
+        (POST + b"Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n", "chunk header"),
+        (POST + b"Host: localhost\r\n\xff\x00: y\r\n\r\n", "header"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x07" * 500, "request"),  # TLS's first words
         (
-            POST + b"Host: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            POST + b"Host: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             "Content-Length or Transfer-Encoding, not both",
         ),
         (
-            b"GET /health HTTP/1.1\r\nHost: x\r\ntransfer-encoding: Chunked\r\ncontent-length: 5\r\n\r\n"
-            b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+            b"transfer-encoding: Chunked\r\ncontent-length: 5\r\n\r\n"
+            b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "Content-Length or Transfer-Encoding, not both",
         ),
     ],
@@ -395,7 +396,7 @@ def test_a_broken_body_after_the_answer_is_not_answered_again(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
-        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         answer = b""
         while not answer.endswith(b"}}"):
             answer += connection.recv(2**16)
@@ -421,9 +422,35 @@ def test_a_large_body_is_not_asked_for(serve: Serve) -> None:
     served = serve(FakeEngine(), max_body_bytes=10_000)
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
     )
     assert connection.recv(100).startswith(b"HTTP/1.1 413")
     connection.close()
     served.as_new()
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/messages"]
+)
+def test_a_text_far_beyond_the_context_is_not_tokenized(
+    served: Served, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    encode = FakeTokenizer.encode
+
+    def counted(self: FakeTokenizer, text: str, **options: Any) -> list[int]:
+        taken.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(FakeTokenizer, "encode", counted)
+    text = "word " * 1_000_000
+    fields: dict[str, Any] = {"prompt": text}
+    if "embeddings" in path:
+        fields = {"input": text}
+    elif "completions" not in path or "chat" in path:
+        fields = {"messages": [{"role": "user", "content": text}], "max_tokens": 5}
+    reply = served.http.post(path, json={"model": MODEL, **fields})
+    assert reply.status_code == 400, reply.text
+    assert "context" in reply.text
+    assert max(taken) < 10_000

@@ -17,7 +17,7 @@ from openai.types import Batch
 from jaxserve.scheduler.types import Tier
 from jaxserve.server.api import batches
 from jaxserve.server.errors import ApiError
-from jaxserve.server.jobs import answer, lines, runner
+from jaxserve.server.jobs import answer, lines, work
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
 
@@ -372,10 +372,11 @@ def test_a_job_waits_for_its_model(tmp_path: Path, serve: Serve) -> None:
     batch = begin(served, [line(0)])
     served.close()
     other = serve(None, data_dir=str(tmp_path))
-    other.load(FakeEngine())
-    other.holder.model_name = "another"
+    engine = FakeEngine()
+    other.holder.set_engine(engine, "another")
+    until(lambda: other.openai.batches.retrieve(batch.id).status == "in_progress")  # it was looked at
     time.sleep(0.1)
-    assert other.openai.batches.retrieve(batch.id).status == "validating"
+    assert engine.requests == []
     other.close()
     assert ended(serve(FakeEngine(), data_dir=str(tmp_path)), batch).status == "completed"
 
@@ -445,4 +446,4 @@ def test_an_engine_that_keeps_refusing_a_line(serve: Serve, monkeypatch: pytest.
     done = ended(served, begin(served, [line(0)]))
     [entry] = content(served, done.error_file_id)
     assert entry["response"]["body"]["error"]["message"] == "not this one"
-    assert len(tried) == runner.MAX_FAILURES
+    assert len(tried) == work.MAX_FAILURES

@@ -194,6 +194,89 @@ def test_every_origin(serve: Serve) -> None:
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "*")
 
 
+# --- without a key, on a loopback address ---
+
+PROMPT = b'{"model": "alphabet", "prompt": "a", "max_tokens": 2}'
+
+
+def ask(port: int, host: str | None, origin: str | None, target: str = "POST /v1/completions") -> bytes:
+    """Status and body of what a page's `text/plain` POST is answered, or a program's that says as little."""
+    import socket
+
+    version = "1.1" if host is not None else "1.0"
+    lines = [f"{target} HTTP/{version}", "Content-Type: text/plain", "Connection: close"]
+    lines += [] if host is None else [f"Host: {host}"]
+    lines += [] if origin is None else [f"Origin: {origin}"]
+    content = PROMPT if target.startswith("POST") else b""
+    lines += [f"Content-Length: {len(content)}", "", ""]
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall("\r\n".join(lines).encode() + content)
+        reply = b""
+        while piece := connection.recv(2**16):
+            reply += piece
+    return reply[9:12] + reply.partition(b"\r\n\r\n")[2]
+
+
+OWN = ["localhost", "LOCALHOST:1", "localhost:", "127.0.0.1:{port}", "127.8.7.6", "[::1]:80", "[0:0::0:1]"]
+FOREIGN = [
+    *("rebind.example", "rebind.example:{port}", "localhost.evil.org", "127.0.0.1.evil.org"),
+    *("", "10.0.0.1", "[::2]", "[::1", "0.0.0.0", "127.0.0.1:80:80", "127.1", "2130706433"),
+    *("evil.org:127.0.0.1", "localhost@evil.org", "evil.org#localhost", "[127.0.0.1]x"),
+    *("localhost, evil.org", "a b", "x" * 300),
+]
+
+
+def test_names_under_which_a_keyless_server_is_reached(serve: Serve) -> None:
+    served = serve(FakeEngine())
+    for host in (*OWN, None):
+        assert ask(served.port, host and host.format(port=served.port), None)[:3] == b"200", host
+    for host in FOREIGN:
+        for target in ("POST /v1/completions", "GET /health", "GET /", "GET /state", "OPTIONS /v1/files"):
+            reply = ask(served.port, host.format(port=served.port), None, target)
+            assert reply[:3] == b"403", (host, target, reply)
+            assert b'"code":"host_not_allowed"' in reply
+    assert len(served.engine.requests) == len(OWN) + 1
+
+
+def test_pages_that_a_keyless_server_serves(serve: Serve) -> None:
+    served = serve(FakeEngine(), cors_origin="https://a.org")
+    here = f"127.0.0.1:{served.port}"
+    for host, origin in (
+        *((here, None), (here, f"http://{here}"), ("LocalHost:80", "https://localhost:80")),
+        *((here, "https://a.org"), ("[::1]:9", "http://[::1]:9")),
+    ):
+        assert ask(served.port, host, origin)[:3] == b"200", (host, origin)
+    asked = len(served.engine.requests)
+    for origin in (
+        *(
+            "https://b.org",
+            "null",
+            "",
+            "https://a.org.b.org",
+            "http://127.0.0.1",
+            f"http://localhost:{served.port}",
+        ),
+        *(here, f"ftp://{here}", f"http://{here}/", f"http://{here}.b.org", "http://[::1]:9", "x" * 300),
+    ):
+        for target in ("POST /v1/completions", "POST /v1/files", "OPTIONS /v1/files", "GET /state"):
+            reply = ask(served.port, here, origin, target)
+            assert reply[:3] == b"403", (origin, target, reply)
+            assert b'"code":"origin_not_allowed"' in reply
+    assert ask(served.port, "rebind.example", "http://rebind.example")[:3] == b"403"
+    assert b'"permission_error"' in ask(served.port, here, "null", "POST /v1/messages")
+    assert len(served.engine.requests) == asked
+    assert ask(serve(FakeEngine(), cors_origin="*").port, here, "https://b.org")[:3] == b"200"
+
+
+def test_other_servers_are_as_ever(serve: Serve) -> None:
+    """A key stops other pages, and an address that others reach has names that nobody here knows."""
+    assert ask(serve(FakeEngine(), host="0.0.0.0").port, "rebind.example", "https://b.org")[:3] == b"200"
+    served = serve(FakeEngine(), keys=["secret"])
+    assert ask(served.port, "rebind.example", "https://b.org")[:3] == b"401"
+    headers = {**KEY, "Host": "llm.example", "Origin": "https://b.org"}
+    assert served.http.get("/v1/models", headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("origin", ["a.org", "https://a.org/", "https://a.org/x", "https://a b", "HTTPS://A"])
 def test_what_is_no_origin(origin: str) -> None:
     with pytest.raises(ValueError, match="--cors-origin"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import socket
@@ -19,7 +20,7 @@ import pytest
 
 from jaxserve.server import upload
 from jaxserve.server.api import files
-from jaxserve.server.jobs import pace, store
+from jaxserve.server.jobs import folder, pace, store
 from tests.server.fakes import FakeEngine
 from tests.server.harness import Serve, Served, until
 from tests.server.test_batches import begin, content, ended, line
@@ -236,7 +237,7 @@ def test_files_that_are_too_large(serve: Serve, monkeypatch: pytest.MonkeyPatch)
         served.openai.files.create(file=b"x" * 2**21, purpose="batch")  # its length is
     assert raised.value.status_code == 413
     assert leftovers(served) == []
-    monkeypatch.setattr(files, "MAX_FILES", 1)
+    served.server._context.desk.bounds = dataclasses.replace(served.server._context.desk.bounds, files=1)
     served.openai.files.create(file=b"x", purpose="batch")
     with pytest.raises(openai.PermissionDeniedError):
         served.openai.files.create(file=b"x", purpose="batch")
@@ -251,13 +252,13 @@ def test_all_files_together_have_a_bound(serve: Serve) -> None:
     served.openai.files.delete(kept.id)
     served.openai.files.create(file=b"x" * 600_000, purpose="batch")
     assert leftovers(served) == []
-    assert served.server._context.desk.uploading == 0
+    assert served.server._context.desk.uploading.total() == 0
 
 
 def test_uploads_that_stall_or_end_early(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload, "START_SECONDS", 0.3)
     served = serve(FakeEngine())
-    head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
+    head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     slow = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     slow.sendall(head + b"Content-Length: 1000\r\n\r\n" + PURPOSE)
     gone = socket.create_connection(("127.0.0.1", served.port), timeout=10)
@@ -287,19 +288,19 @@ def test_what_was_half_written_is_removed(tmp_path: Path, serve: Serve) -> None:
 def test_a_folder_of_another_version(tmp_path: Path, serve: Serve) -> None:
     served = serve(FakeEngine(), data_dir=str(tmp_path))
     served.openai.files.create(file=b"x", purpose="batch")
-    with pytest.raises(store.FolderTaken):
+    with pytest.raises(folder.FolderTaken):
         store.Store(tmp_path)
     served.close()
     database = sqlite3.connect(tmp_path / "jobs.sqlite")
     with database:
         database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(store.StorageError, match="version 99"):
+    with pytest.raises(folder.StorageError, match="version 99"):
         store.Store(tmp_path)
     (tmp_path / "jobs.sqlite").write_bytes(b"no database at all" * 100)
     for name in ("jobs.sqlite-wal", "jobs.sqlite-shm"):
         (tmp_path / name).unlink(missing_ok=True)
-    with pytest.raises(store.StorageError):
+    with pytest.raises(folder.StorageError):
         store.Store(tmp_path)
 
 
@@ -399,11 +400,11 @@ def test_every_write_of_a_job_can_fail(serve: Serve, site: str, monkeypatch: pyt
             real = getattr(store.Store, site)
 
             def guarded(self: store.Store, *args: Any, **options: Any) -> Any:
-                with store.storage_errors():
+                with folder.storage_errors():
                     return failing(lambda: real(self, *args, **options))()
 
             monkeypatch.setattr(store.Store, site, guarded)
-    served.server._context.desk.runner._paused = False
+    served.server._context.desk.runner._work.paused = False
     done = ended(served, batch, 20)
     assert len(failures) == 3
     assert done.status == "completed"

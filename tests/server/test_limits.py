@@ -40,7 +40,7 @@ HEADERS = {
 @pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS.keys())
 def test_large_headers_get_a_431(served: Served, headers: bytes) -> None:
     with connected(served) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\n")
         reply = answer(connection)
     assert reply.startswith(b"HTTP/1.1 431 ")
     error = orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]
@@ -58,7 +58,9 @@ def test_headers_of_allowed_size_pass(served: Served) -> None:
     value = b"x" * (protocol.MAX_HEADER_BYTES - 1000)
     for whole in (True, False):
         with connected(served) as connection:
-            head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX: " + value + b"\r\n\r\n"
+            head = (
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + value + b"\r\n\r\n"
+            )
             for start in range(0, len(head), len(head) if whole else 5000):
                 connection.sendall(head[start : start + (len(head) if whole else 5000)])
             assert answer(connection).startswith(b"HTTP/1.1 200 ")
@@ -70,7 +72,7 @@ def test_headers_of_allowed_size_pass(served: Served) -> None:
 )
 def test_what_is_not_http(served: Served, request_line: bytes) -> None:
     with connected(served) as connection:
-        connection.sendall(request_line + b"\r\nHost: x\r\n\r\n")
+        connection.sendall(request_line + b"\r\nHost: localhost\r\n\r\n")
         reply = answer(connection)
     assert reply.startswith(b"HTTP/1.1 400 ")
     assert orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
@@ -78,7 +80,7 @@ def test_what_is_not_http(served: Served, request_line: bytes) -> None:
 
 def test_requests_one_after_another_in_one_packet(served: Served) -> None:
     with connected(served) as connection:
-        request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         connection.sendall(request * 50 + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         assert answer(connection).count(b"HTTP/1.1 200 ") == 51
 
@@ -98,11 +100,83 @@ def test_connections_have_a_bound(serve: Serve) -> None:
     until(lambda: len(served.server.server_state.connections) == 2)
     assert served.http.get("/health").status_code == 200
     with connected(served) as newer:  # the connection of `served.http` idles: it makes room
-        newer.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        newer.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert newer.recv(12) == b"HTTP/1.1 200"
     for stream in streams:
         stream.close()
     served.as_new()
+
+
+OPENINGS = {
+    "nothing": b"",
+    "a line": b"POST /v1/comp",
+    "a body that nobody wants": b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("sent", OPENINGS.values(), ids=OPENINGS.keys())
+def test_connections_without_a_request_make_room(serve: Serve, sent: bytes) -> None:
+    """The oldest first: who has a key is not shut out by those who have none and say nothing."""
+    served = serve(FakeEngine(delay=0.01), keys=["secret"], max_connections=4)
+    silent = []
+    for number in range(4):
+        silent.append(socket.create_connection(("127.0.0.1", served.port), timeout=10))
+        silent[-1].sendall(sent)
+        if sent.endswith(b"{"):
+            assert silent[-1].recv(12) == b"HTTP/1.1 401"
+        until(lambda count=number + 1: len(served.server.server_state.connections) == count)
+    content = orjson.dumps({"model": MODEL, "prompt": "a", "max_tokens": 250, "stream": True})
+    head = f"Host: x\r\nx-api-key: secret\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    for closed in silent[:2]:
+        mine = socket.create_connection(("127.0.0.1", served.port), timeout=10)
+        mine.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head + content)
+        assert mine.recv(12) == b"HTTP/1.1 200"
+        with contextlib.suppress(ConnectionError):
+            answer(closed)  # it ends
+        silent.append(mine)
+    for left in silent[2:4]:
+        left.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            assert left.recv(2**16)  # what they had been told, and no end
+            left.recv(1)
+            raise AssertionError("a connection more than needed was closed")
+    for connection in silent:
+        connection.close()
+
+
+# --- bodies that nobody wants ---
+
+
+def test_a_body_that_nobody_wants_has_a_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    served = serve(FakeEngine(), keys=["secret"])
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    for drops in (0, 1, 1000):  # silence, one byte, and a byte now and then
+        with connected(served) as connection:
+            connection.sendall(head)
+            begin = time.monotonic()
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 401 ")
+            connection.settimeout(0.05)
+            while time.monotonic() - begin < 5:
+                try:
+                    if drops:
+                        drops -= 1
+                        connection.sendall(b"x")
+                    if connection.recv(2**16) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            assert 0.4 < time.monotonic() - begin < 3
+    with connected(served) as connection:  # one that comes in time does not end the connection
+        for _ in range(2):
+            connection.sendall(head)
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += connection.recv(2**16)
+            assert reply.startswith(b"HTTP/1.1 401 ")
+            connection.sendall(b"x" * 100)
 
 
 def test_files_are_allowed_for_connections() -> None:
@@ -128,7 +202,7 @@ def unread(served: Served, body: dict[str, object]) -> socket.socket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", served.port))
     content = orjson.dumps({"model": MODEL, "prompt": "a", "stream": True, "logprobs": 20, **body})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -146,6 +148,32 @@ def test_nobody_who_does_not_read_holds_up_the_server(monkeypatch: pytest.Monkey
     reading.set()
     until(lambda: len(lines) >= 10)
     assert "lines were dropped" in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "goes_on"),
+    [(errno.ENOSPC, True), (errno.EIO, True), (errno.EPIPE, False), (errno.EBADF, False)],
+)
+def test_a_write_that_fails(number: int, goes_on: bool) -> None:
+    """On a full disk two lines are lost, and that is said; a pipe that is closed stays closed."""
+    lines: list[str] = []
+    asked: list[str] = []
+
+    def write(line: str) -> None:
+        asked.append(line)
+        if len(asked) <= 2:
+            raise OSError(number, os.strerror(number))
+        lines.append(line)
+
+    writer = Writer(write)
+    for name in "abcd":
+        writer.put(name)
+    writer.close()
+    if goes_on:
+        assert [line.split("\n")[0] for line in lines] == ["c", "d"]
+        assert "(2 lines were dropped: " in lines[0] and "\n" not in lines[1]
+    else:
+        assert asked == ["a"]
 
 
 def test_a_closed_stderr_ends_nothing() -> None:

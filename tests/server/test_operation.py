@@ -203,7 +203,7 @@ def test_connect_and_abort_many_times(serve: Serve) -> None:
 
 def test_leaving_before_the_body_is_whole(served: Served) -> None:
     connection = socket.create_connection(("127.0.0.1", served.port))
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     connection.close()
     served.as_new()
 
@@ -226,7 +226,7 @@ def test_slow_headers_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch
     slow = socket.create_connection(("127.0.0.1", served.port), timeout=10)
     slow.sendall(b"POST /v1/comp")
     again = socket.create_connection(("127.0.0.1", served.port), timeout=10)  # slow in its second request
-    again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     read_answer(again)
     again.sendall(b"GET /hea")
     for connection in (silent, slow, again):
@@ -234,7 +234,7 @@ def test_slow_headers_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch
         connection.close()
     idle = socket.create_connection(("127.0.0.1", served.port), timeout=10)  # between requests is no fault
     for _ in range(2):
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         read_answer(idle)
         time.sleep(0.5)
     idle.close()
@@ -251,7 +251,7 @@ def test_slow_bodies_are_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(body, "BODY_SECONDS", 0.2)
     served = serve(FakeEngine())
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=10)
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert connection.recv(100).startswith(b"HTTP/1.1 408")
     connection.close()
     served.as_new()

@@ -236,6 +236,37 @@ def test_a_conversation(serve: Serve, open_tab: Any) -> None:
     served.as_new()
 
 
+def test_clear_while_a_reply_streams(serve: Serve, open_tab: Any) -> None:
+    """What was cleared is not sent with what comes next."""
+    served = serve(FakeEngine(delay=0.02))
+    tab = open_tab(served)
+    tab.send("a", max_tokens=200)
+    expect(tab.page.locator(".assistant .tokens")).to_contain_text("bcd")
+    tab.page.click("#clear")
+    expect(tab.page.locator("#send")).to_be_enabled()
+    for prompt, text in (("1", "23"), ("x", "yz")):
+        tab.send(prompt, max_tokens=2)
+        expect(tab.page.locator(".assistant .figures").last).to_be_visible()
+        expect(tab.reply()).to_have_text(text)
+    decode = served.engine.tokenizer.decode  # type: ignore[union-attr]
+    sent = [decode(one.prompt_token_ids.tolist()) for one in served.engine.requests]
+    assert sent[1:] == ["1", "123x"]
+
+
+def test_numbers_between_the_steps_of_a_field(serve: Serve, open_tab: Any) -> None:
+    served = serve(FakeEngine())
+    tab = open_tab(served)
+    fields = {"temperature": 0.33, "top_p": 0.995, "min_p": 0.005, "presence_penalty": 0.25}
+    fields |= {"frequency_penalty": -0.125, "repetition_penalty": 1.08}
+    tab.send("a", max_tokens=2, **fields)
+    expect(tab.page.locator(".assistant .figures")).to_be_visible()
+    params = served.engine.requests[0].params
+    assert {name: getattr(params, name) for name in fields} == pytest.approx(fields)
+    tab.send("a", temperature=2.5)  # what cannot be is still refused here
+    expect(tab.page.locator("#error")).to_contain_text("temperature:")
+    assert len(served.engine.requests) == 1
+
+
 def test_streams_shows_its_slot_and_stops(serve: Serve, open_tab: Any) -> None:
     engine = FakeEngine(slots=4, delay=0.02)
     served = serve(engine)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,9 @@ import httpx
 import openai
 import pytest
 
+from jaxserve.config import ServerOptions
+from jaxserve.server.holder import EngineHolder
+from jaxserve.server.run import Loader, Say, Server, bind, url
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
 
@@ -83,6 +88,52 @@ def test_past_the_deadline(serve: Serve) -> None:
     assert events[-1] == "data: [DONE]"
     assert queued[0].status_code == 503
     until(lambda: served.engine.stats()["running"] == served.engine.stats()["waiting"] == 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/v1/files"])
+def test_past_the_deadline_nobody_waits_for_a_body(
+    serve: Serve, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sender hears why, in a 503, and the server ends in time and without a traceback."""
+    served = serve(FakeEngine(), drain_seconds=0.3)
+    kind = "multipart/form-data; boundary=B" if path == "/v1/files" else "application/json"
+    part = '--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nba' if path == "/v1/files" else "{"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall((head + part).encode())
+        until(lambda: len(served.server.server_state.tasks) == 1)
+        begin = time.monotonic()
+        served.server.should_exit = True
+        reply = b""
+        while piece := connection.recv(2**16):
+            reply += piece
+    served._thread.join(10)
+    assert time.monotonic() - begin < 0.3 + 1.5  # uvicorn looks each 0.1 s
+    assert reply.startswith(b"HTTP/1.1 503 ")
+    assert b"the server is stopping" in reply.partition(b"\r\n\r\n")[2]
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+
+
+def test_both_ports_end_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(EngineHolder(), options=ServerOptions())
+    listeners = [bind("127.0.0.1", 0) for _ in range(2)]
+
+    def build(say: Say) -> tuple[FakeEngine, str]:
+        return FakeEngine(), MODEL
+
+    loader = Loader(server, build, str, lambda: None)
+    running = server.serve_and_load(listeners[0], loader, listeners[1])
+    thread = threading.Thread(target=asyncio.run, args=(running,))
+    thread.start()
+    metrics = url("127.0.0.1", listeners[1].getsockname()[1])
+    until(lambda: server.holder.engine is not None)
+    until(lambda: httpx.get(f"{metrics}/health").status_code == 200)
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
+    assert server.holder.engine is not None
+    server.holder.engine.close()
 
 
 def test_an_idle_server_stops_at_once(serve: Serve) -> None:
@@ -197,3 +248,4 @@ def test_keys_are_read_again(process: Process) -> None:
     assert httpx.get(beside.replace("/metrics", "/v1/models")).status_code == 404
     assert httpx.get(beside.replace("/metrics", "/health")).status_code == 200
     assert process.end(signal.SIGINT) == 0
+    assert "Traceback" not in process.printed()

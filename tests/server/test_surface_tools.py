@@ -87,6 +87,62 @@ def test_the_openai_stream_helper_with_tools(served: Served) -> None:
     assert [item.type for item in final.output][-1] == "function_call"
 
 
+BETWEEN = f"A\n{CALL}\nB {CALL}"
+
+
+def test_text_around_calls_stays_where_it_was(serve: Serve) -> None:
+    """In a reply that comes whole as in a stream."""
+    served = serve(engine(templates.HERMES, BETWEEN))
+    events = response_events(served, tools=[FUNCTION], max_output_tokens=None)
+    streamed = events[-1]["response"]["output"]
+    whole = served.openai.responses.create(model=MODEL, input="Weather?", tools=[FUNCTION]).output
+    for output in (streamed, [item.model_dump() for item in whole]):
+        assert [item["type"] for item in output] == ["message", "function_call"] * 2
+        assert [item["content"][0]["text"].strip() for item in output[::2]] == ["A", "B"]
+        assert [item["arguments"] for item in output[1::2]] == [BERN] * 2
+    blocks = [
+        event["content_block"]["type"]
+        for event in message_events(served, tools=[CLAUDE_TOOL], max_tokens=500)
+        if event["type"] == "content_block_start"
+    ]
+    with client(served) as claude:
+        content: Any = claude.messages.create(
+            model=MODEL, max_tokens=500, messages=HELLO, tools=[CLAUDE_TOOL]
+        ).content
+    assert [block.type for block in content] == blocks == ["text", "tool_use"] * 2
+    assert [block.text.strip() for block in content[::2]] == ["A", "B"]
+    assert [block.input for block in content[1::2]] == [{"city": "Bern"}] * 2
+    # chat has one text and a list of calls
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
+    chat = served.openai.chat.completions.create(model=MODEL, messages=HELLO, tools=[tool]).choices[0].message
+    assert "".join((chat.content or "").split()) == "AB"
+    assert len(chat.tool_calls or ()) == 2
+
+
+def test_logprobs_of_text_that_was_held_back(serve: Serve) -> None:
+    """Those of tokens that might have begun a call come with the text that they turned out to be."""
+    served = serve(engine(templates.HERMES, "<tool_c"))
+    more: Any = {"tools": [FUNCTION], "max_output_tokens": None, "include": ["message.output_text.logprobs"]}
+    events = response_events(served, **more)
+    [message] = events[-1]["response"]["output"]
+    told = [one["token"] for one in message["content"][0]["logprobs"]]
+    assert told[:7] == [*"<tool_c"]
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [one["token"] for part in deltas for one in part] == told
+
+
+def test_a_call_that_is_no_object_is_taken_back(serve: Serve) -> None:
+    script = CALL.replace(BERN, "[1]")
+    served = serve(engine(templates.HERMES, script))
+    reply = served.openai.responses.create(model=MODEL, input="Weather?", tools=[FUNCTION])
+    [call] = reply.output
+    assert call.type == "function_call"
+    assert call.arguments == "[1]"
+    items: Any = [*HELLO, call, {"type": "function_call_output", "call_id": call.call_id, "output": "no"}]
+    served.openai.responses.create(model=MODEL, input=items, tools=[FUNCTION])
+    assert '{"INVALID_JSON": "[1]"}' in prompt(served)
+
+
 @pytest.mark.parametrize(
     ("choice", "wanted"),
     [
@@ -217,6 +273,35 @@ def test_thinking_cannot_be_turned_off(serve: Serve) -> None:
     served = serve(engine(templates.OPENED, "x"))
     with client(served) as claude, pytest.raises(anthropic.BadRequestError, match="does not read it"):
         claude.messages.create(model=MODEL, max_tokens=500, messages=HELLO, thinking={"type": "disabled"})
+
+
+def test_arguments_that_are_too_deep(serve: Serve) -> None:
+    deep = '{"a":' * 300 + "1" + "}" * 300
+    served = serve(engine(templates.HERMES, CALL.replace(BERN, deep)))
+    with client(served) as claude:
+        reply = claude.messages.create(model=MODEL, max_tokens=5000, messages=HELLO, tools=[CLAUDE_TOOL])
+    call = reply.content[-1]
+    assert call.type == "tool_use"
+    assert call.input == {"INVALID_JSON": deep}
+
+
+def test_refusals_speak_of_what_was_sent(serve: Serve) -> None:
+    served = serve(engine(templates.HERMES, "x"))
+    for fields, words in (
+        ({"output_config": {"effort": "low"}}, "output_config.effort: the model's chat template"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "the types adaptive and disabled are"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 1024}}, "budgets of thinking"),
+    ):
+        body = {"model": MODEL, "max_tokens": 3, "messages": HELLO, **fields}
+        reply = served.http.post("/v1/messages", json=body)
+        assert reply.status_code == 400
+        assert words in reply.json()["error"]["message"]
+        assert "reasoning_effort" not in reply.text
+        if "max_tokens" not in fields:
+            del body["max_tokens"]
+            counted = served.http.post("/v1/messages/count_tokens", json=body)
+            assert words in counted.json()["error"]["message"]
 
 
 def test_arguments_that_are_cut(served: Served) -> None:

@@ -220,8 +220,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
     ({"functions": [{"name": "f"}]}, "functions", "functions is not supported: use tools"),
     ({"function_call": "auto"}, "function_call", "use tool_choice"),
-    ({"messages": called("[1]")}, "messages[1].tool_calls[0].function.arguments", "a JSON object"),
-    ({"messages": called("{")}, "messages[1].tool_calls[0].function.arguments", "a JSON object"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "is required"),
     ({"messages": [ASSISTANT]}, "messages[0].content", "is required"),
     ({"tools": TOOLS, "tool_choice": "required", "min_tokens": 1}, "min_tokens", "does not go with"),
@@ -234,6 +232,64 @@ def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str, words
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["param"] == param
     assert words in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("arguments", ["[1]", '{"a": ', "[" * 1000, '{"a":' * 300 + "1" + "}" * 300])
+def test_what_a_model_got_wrong_can_be_sent_back(serve: Serve, arguments: str) -> None:
+    """A template is given an object all the same."""
+    script = f'<tool_call>\n{{"name": "time", "arguments": {arguments}}}\n</tool_call>'
+    served = serve(engine(templates.HERMES, script))
+    message = create(served, tools=TOOLS).choices[0].message
+    messages = [*HELLO, message.model_dump(exclude_none=True)]
+    if message.tool_calls:
+        assert message.tool_calls[0].function.arguments.startswith(arguments)
+        messages.append({"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"})
+    create(served, tools=TOOLS, messages=messages)
+    if message.tool_calls:
+        assert '"arguments": {"INVALID_JSON": ' in prompt(served)
+        assert "sunny" in prompt(served)
+
+
+@pytest.mark.parametrize("source", [templates.HERMES, templates.THINKING, templates.MISTRAL, templates.LLAMA3])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_must_be_and_is_cut_is_no_text(
+    serve: Serve, source: str, choice: Any, stream: bool
+) -> None:
+    """Wherever the end of the tokens falls before it can be told."""
+    written = WRITTEN[templates.HERMES if source == templates.THINKING else source]
+    served = serve(engine(source, written))
+    for tokens in (1, 5, 14, written.index("weather")):
+        asked = {"tools": TOOLS, "tool_choice": choice, "max_tokens": tokens, "stream": stream}
+        reply = create(served, **asked)
+        if not stream:
+            assert (reply.choices[0].message.content, reply.choices[0].message.tool_calls) == ("", None)
+            assert reply.choices[0].finish_reason == "length"
+            continue
+        *chunks, last = list(reply)
+        assert not any(chunk.choices[0].delta.content for chunk in (*chunks, last))
+        assert last.choices[0].finish_reason == "length"
+    # what may be text stays text
+    content = create(served, tools=TOOLS, max_tokens=5).choices[0].message.content
+    assert content == written[:5]
+
+
+def test_a_named_tool_is_called_once(serve: Serve) -> None:
+    served = serve(engine(templates.HERMES, WRITTEN[templates.HERMES]))
+    named = {"type": "function", "function": {"name": "time"}}
+    for choice, repeated in ((named, False), ("required", True)):
+        create(served, tools=TOOLS, tool_choice=choice)
+        wanted = served.engine.requests[-1].params.structured_outputs
+        assert wanted is not None and ("call)*" in (wanted.grammar or "")) == repeated
+
+
+def test_a_refusal_is_sent_back(serve: Serve) -> None:
+    served = serve(engine(templates.HERMES, "x"))
+    said = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    create(served, messages=[*HELLO, said, *HELLO])
+    assert "<|assistant|>I cannot.<|user|>" in prompt(served)
+    reply = served.chat(messages=[{"role": "user", "content": "a", "refusal": "no"}])
+    assert reply.json()["error"]["param"] == "messages[0].refusal"
 
 
 def test_templates_that_cannot(serve: Serve) -> None:
@@ -296,6 +352,32 @@ def test_reasoning_comes_before_a_form(serve: Serve) -> None:
     assert wanted is not None and (wanted.grammar or "").startswith("start: thought start_answer")
     reply = served.chat(structured_outputs={"grammar": 'start: "x"'})
     assert reply.json()["error"]["param"] == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"tools": TOOLS, "tool_choice": "required"}, {"response_format": {"type": "json_object"}}],
+    ids=["calls", "form"],
+)
+def test_reasoning_that_is_over_is_not_begun_again(serve: Serve, form: Any) -> None:
+    served = serve(engine(templates.THINKING, "Yes"))
+    off: list[dict[str, Any]] = [
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    for more, thinks in ((off[0], False), (off[1], False), ({}, True), ({"reasoning_effort": "high"}, True)):
+        assert served.chat(**form, **more).status_code == 200
+        wanted = served.engine.requests[-1].params.structured_outputs
+        assert wanted is not None
+        assert ("thought" in (wanted.grammar or "")) == thinks
+    # a template that says it elsewhere, and one that ends every prompt so
+    elsewhere = templates.HERMES + "{% if not enable_thinking %}/no_think{% endif %}{# </think> #}"
+    closed = templates.HERMES.replace("<|assistant|>{%", "<|assistant|></think>{%")
+    for source, more in ((elsewhere, off[1]), (closed, {})):
+        served = serve(engine(source, "Yes"))
+        assert served.chat(**form, **more).status_code == 200
+        wanted = served.engine.requests[-1].params.structured_outputs
+        assert wanted is not None and "thought" not in (wanted.grammar or "thought")
 
 
 def test_whether_to_reason(serve: Serve) -> None:

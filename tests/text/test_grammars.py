@@ -68,7 +68,74 @@ def test_every_finished_text_is_valid(grammars: Grammars, tokenizer: Tokenizer) 
             jsonschema.validate(json.loads(text), schema, cls=jsonschema.Draft202012Validator)
             finished += 1
         assert i < 20 or finished > i // 2
-    assert finished > 45
+    assert finished > 40
+
+
+def allows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a reply may be this text, token by token."""
+    matcher = grammar.start()
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if matcher.complete or token not in tokens_of(matcher.mask):
+            return False
+        matcher.advance(token)
+        assert matcher.error is None
+    return matcher.complete or any(token in tokens_of(matcher.mask) for token in tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, ["0.25"], ["0", "0.0", "0.5"]),
+        ({"type": "number", "exclusiveMinimum": 1, "maximum": 1.5}, ["1.5", "1.2"], ["1", "1.0"]),
+        ({"type": ["number", "null"], "exclusiveMaximum": 3}, ["2.5", "null"], ["3"]),
+        ({"exclusiveMinimum": -2, "type": "number", "minimum": -1}, ["-1"], ["-2", "-1.5"]),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 9}, ["1", "8"], ["0", "9"]),
+        ({"type": "number", "exclusiveMinimum": 1e12}, ["2000000000000"], ["1000000000000"]),
+        (
+            {"type": "object", "properties": {"a": {"const": 1}}},
+            ['{"a": 1}', '{"b": 5}'],
+            ['{"a": 5}', '{"\\u0061": 5}'],
+        ),
+        ({"type": "object", "properties": {"\n": {"const": 1}}}, ['{"\\n": 1}'], ['{"\\u000a": 5}']),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"enum": [1]}, "minProperties": {"enum": [2]}},
+                "additionalProperties": False,
+                "minProperties": 2,
+                "required": ["a", "minProperties"],
+            },
+            ['{"a": 1, "minProperties": 2}'],
+            ['{"a": 1}', '{"a": 1, "a": 1}'],
+        ),
+        ({"enum": [{"exclusiveMinimum": 1}]}, ['{"exclusiveMinimum":1}'], ['{"minimum":1}']),
+        ({"$defs": {"p": {"exclusiveMinimum": 0, "type": "number"}}, "$ref": "#/$defs/p"}, ["1"], ["0"]),
+    ],
+)
+def test_what_passes_validates(
+    grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    grammar = grammars.compile("json", json.dumps(schema))
+    for text in good:
+        jsonschema.validate(json.loads(text), schema, cls=jsonschema.Draft202012Validator)
+    assert [text for text in good if not allows(grammar, tokenizer, text)] == []
+    assert [text for text in bad if allows(grammar, tokenizer, text)] == []
+
+
+def test_number_ranges_drawn_at_random(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    rng = random.Random(7)
+    for _ in range(60):
+        low = round(rng.choice([0, -1, 1, -0.001, 0.5, 10, rng.uniform(-3, 3)]), rng.randrange(4))
+        schema = {
+            "type": rng.choice(["number", "number", "integer"]),
+            rng.choice(["minimum", "exclusiveMinimum"]): low,
+            rng.choice(["maximum", "exclusiveMaximum"]): low + rng.choice([1, 2.5, 100]),
+        }
+        grammar = grammars.compile("json", json.dumps(schema))
+        for _ in range(5):
+            text = walk(grammar, tokenizer, rng, 25)
+            if text is not None:
+                jsonschema.validate(json.loads(text), schema)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +158,17 @@ def test_other_kinds(grammars: Grammars, tokenizer: Tokenizer, kind: str, source
     [
         ("json", "[]", "object"),
         ("json", "{", "not a JSON schema"),
-        ("json", '{"a":' * 5000 + "1" + "}" * 5000, "recursion"),
+        ("json", '{"a":' * 5000 + "1" + "}" * 5000, "depth limit"),
         ("json", '{"type": "nothing"}', "."),
         ("json", '{"not": {"type": "string"}}', "not"),
         ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
+        ("json", '{"type": "object", "minProperties": 2}', "minProperties"),
+        ("json", '{"$ref": "#/x", "x": {"type": "string"}}', "looked for"),
+        (
+            "json",
+            json.dumps({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}}),
+            "items|longer",
+        ),
         ("json", '{"$ref": "http://169.254.169.254/latest"}', "retriev"),
         ("json", '{"$ref": "file:///etc/passwd"}', "retriev"),
         ("json", '{"$ref": "#/$defs/none"}', "."),
@@ -230,3 +304,25 @@ def test_masks_are_found_on_their_own_threads(grammars: Grammars) -> None:
     masks.close()
     assert {name for name, _ in found} == {*matchers, "wrong"}
     assert wrong.error is not None and not any(matcher.error for matcher in matchers.values())
+
+
+def test_a_panic_costs_one_reply(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(self: Matcher, token: int) -> None:
+        raise Panic("the library is beside itself")
+
+    done = threading.Semaphore(0)
+    masks = Masks(lambda whose, matcher: done.release())
+    broken = [grammars.compile("regex", "a").start() for _ in range(8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Matcher, "advance", panic)
+        for matcher in broken:
+            masks.advance(None, matcher, 1)
+        assert all(done.acquire(timeout=10) for _ in broken)
+    assert all(matcher.error and "beside itself" in matcher.error for matcher in broken)
+    good = grammars.compile("regex", "ab").start()
+    masks.advance(None, good, tokens_of(good.mask)[0])
+    assert done.acquire(timeout=10) and good.error is None
+    masks.close()

@@ -124,7 +124,7 @@ async def create_batch(http: HttpRequest) -> Response:
         if file.purpose != "batch":
             text = f"input_file_id: the file's purpose is {file.purpose}, not batch"
             raise bad_request(text, param="input_file_id", code="invalid_value")
-        if len(store.open_batches(tenant=tenant)) >= MAX_OPEN:
+        if store.count_open(tenant) >= MAX_OPEN:
             raise ApiError(
                 429,
                 f"{MAX_OPEN} batches have not ended yet: wait for one of them, or cancel it",

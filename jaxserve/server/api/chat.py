@@ -43,7 +43,7 @@ from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
 from jaxserve.server.stream import EventStream, unless_client_leaves
 
-MAX_DOCUMENTS = 256
+MAX_DOCUMENTS, MAX_DOCUMENT_MEMBERS = 256, 64
 
 # --- model ---------------------------------------------------------------------------------------------
 
@@ -63,7 +63,9 @@ class ChatRequest(SamplingFields, StructuredFields):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = pydantic.Field(default_factory=dict)
-    documents: Annotated[list[dict[str, str]], AtMost(MAX_DOCUMENTS)] | None = None
+    documents: (
+        Annotated[list[Annotated[dict[str, str], AtMost(MAX_DOCUMENT_MEMBERS)]], AtMost(MAX_DOCUMENTS)] | None
+    ) = None
 
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -149,7 +151,7 @@ def prepare(
     fields = validate(ChatRequest, take_known(body, ChatRequest))
     check_model(fields.model)
     fields.check_streaming()
-    if fields.top_logprobs is not None and not fields.logprobs:
+    if fields.top_logprobs and not fields.logprobs:  # 0 asks for nothing
         raise bad_request("top_logprobs is only allowed with logprobs: true", param="top_logprobs")
     longest = fields.max_completion_tokens
     if longest is not None and fields.max_tokens not in (None, longest):

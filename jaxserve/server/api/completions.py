@@ -151,7 +151,9 @@ class CompletionJob:
         for number, prompt in enumerate(prompts):
             ids = prompt
             if isinstance(ids, str):
-                ids = encode_text(self.tokenizer, ids, add_special_tokens=fields.add_special_tokens)
+                context = engine.limits.max_model_len if fields.truncate_prompt_tokens is None else None
+                special = fields.add_special_tokens
+                ids = encode_text(self.tokenizer, ids, add_special_tokens=special, context=context)
             ids = fields.truncated(ids)
             request_id = f"{self.head['id']}-{number}"
             self.requests.append(

@@ -6,7 +6,6 @@ transformers' convention ("Tool use" in its documentation).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,15 +15,13 @@ from pydantic_core import PydanticCustomError
 
 from jaxserve.scheduler.types import RequestError
 from jaxserve.server.api.structured import NAME
-from jaxserve.server.body import AtMost
+from jaxserve.server.body import AtMost, Strict, is_deep
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024  # of one message
 MAX_CALLS = 128  # likewise
 MAX_TOOLS = 128  # OpenAI's own
 MAX_NAME = 256  # characters of a participant's name
-
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
 
 
 def _text_only(kind: Any) -> Any:
@@ -36,23 +33,17 @@ def _text_only(kind: Any) -> Any:
     return kind
 
 
-class TextPart(pydantic.BaseModel):
-    model_config = _STRICT
-
+class TextPart(Strict):
     type: Annotated[str, pydantic.BeforeValidator(_text_only)]
     text: str
 
 
-class CalledFunction(pydantic.BaseModel):
-    model_config = _STRICT
-
+class CalledFunction(Strict):
     name: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
     arguments: str = ""
 
 
-class MessageToolCall(pydantic.BaseModel):
-    model_config = _STRICT
-
+class MessageToolCall(Strict):
     id: Annotated[str, pydantic.Field(max_length=MAX_NAME)] = ""
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -70,9 +61,7 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(pydantic.BaseModel):
-    model_config = _STRICT
-
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart] | None,
@@ -84,6 +73,7 @@ class Message(pydantic.BaseModel):
     tool_call_id: Annotated[str, pydantic.Field(max_length=MAX_NAME)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    refusal: str | None = None
     annotations: Annotated[list[Any], AtMost(0)] | None = None
 
 
@@ -93,10 +83,8 @@ Messages = Annotated[
 ]
 
 
-class FunctionDefinition(pydantic.BaseModel):
+class FunctionDefinition(Strict):
     """strict: calls keep to the schema also where the model need not call anything."""
-
-    model_config = _STRICT
 
     name: Annotated[str, pydantic.Field(pattern=NAME)]
     description: str | None = None
@@ -104,9 +92,7 @@ class FunctionDefinition(pydantic.BaseModel):
     strict: bool | None = None
 
 
-class Tool(pydantic.BaseModel):
-    model_config = _STRICT
-
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -127,6 +113,7 @@ ONLY_FOR = {  # member -> the role that may have it
     "tool_calls": "assistant",
     "reasoning_content": "assistant",
     "reasoning": "assistant",
+    "refusal": "assistant",
     "annotations": "assistant",
     "tool_call_id": "tool",
 }
@@ -146,7 +133,8 @@ def _neutral(where: str, message: Message) -> dict[str, Any]:
                 param=f"{where}.{member}",
                 code="unknown_parameter",
             )
-    if message.content is None and not message.tool_calls:
+    content = message.refusal if message.content is None else "\n".join(part.text for part in message.content)
+    if content is None and not message.tool_calls:
         raise RequestError(
             f"{where}.content is required", param=f"{where}.content", code="missing_required_parameter"
         )
@@ -158,7 +146,7 @@ def _neutral(where: str, message: Message) -> dict[str, Any]:
         )
     said: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": None if message.content is None else "\n".join(part.text for part in message.content),
+        "content": content,
     }
     if message.name is not None:
         said["name"] = message.name
@@ -180,52 +168,45 @@ def _neutral(where: str, message: Message) -> dict[str, Any]:
 
 
 def for_template(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`TurnRequest.messages` as templates read them: arguments are objects. Raises RequestError."""
+    """`TurnRequest.messages` as templates read them: arguments are objects."""
     return [
-        {**message, "tool_calls": [_with_object(n, c, call) for c, call in enumerate(message["tool_calls"])]}
+        {**message, "tool_calls": [*map(_with_object, message["tool_calls"])]}
         if message.get("tool_calls")
         else dict(message)
-        for n, message in enumerate(messages)
+        for message in messages
     ]
 
 
-def _with_object(message: int, number: int, call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = orjson.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
-            arguments = None
-    if not isinstance(arguments, dict):
-        where = f"messages[{message}].tool_calls[{number}].function.arguments"
-        raise RequestError(f"{where} must be the text of a JSON object", param=where, code="invalid_value")
-    return {**call, "function": {**function, "arguments": arguments}}
+    return {**call, "function": {**function, "arguments": as_object(function["arguments"])}}
 
 
-class NamedFunction(pydantic.BaseModel):
-    model_config = _STRICT
+def as_object(arguments: str) -> dict[str, Any]:
+    """The object that a call's arguments spell; where the model was cut short or erred, what Anthropic's
+    clients send back for that ("Fine-grained tool streaming", handling invalid JSON)."""
+    try:
+        read = orjson.loads(arguments) if arguments.strip() else {}
+    except orjson.JSONDecodeError:
+        read = None
+    return read if isinstance(read, dict) and not is_deep(read) else {"INVALID_JSON": arguments}
 
+
+class NamedFunction(Strict):
     name: Annotated[str, pydantic.Field(pattern=NAME)]
 
 
-class NamedTool(pydantic.BaseModel):
-    model_config = _STRICT
-
+class NamedTool(Strict):
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class AllowedTools(pydantic.BaseModel):
-    model_config = _STRICT
-
+class AllowedTools(Strict):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], pydantic.Field(min_length=1), AtMost(MAX_TOOLS)]
 
 
-class AllowedToolChoice(pydantic.BaseModel):
-    model_config = _STRICT
-
+class AllowedToolChoice(Strict):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 

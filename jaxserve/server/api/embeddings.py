@@ -132,7 +132,11 @@ class EmbeddingJob:
             ids = one
             if isinstance(ids, str):
                 ids = encode_text(
-                    engine.tokenizer, ids, add_special_tokens=fields.add_special_tokens, param="input"
+                    engine.tokenizer,
+                    ids,
+                    add_special_tokens=fields.add_special_tokens,
+                    param="input",
+                    context=engine.limits.max_model_len,
                 )
             self.tokens += len(ids)
             if self.tokens > MAX_TOKENS:

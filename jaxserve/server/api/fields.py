@@ -27,7 +27,7 @@ from jaxserve.scheduler.types import (
     StructuredOutputs,
     Tier,
 )
-from jaxserve.server.body import AtMost, known_fields
+from jaxserve.server.body import AtMost, Strict, known_fields
 from jaxserve.server.errors import bad_request
 
 MAX_SEQUENCES = 2048  # prompts times n (or best_of), of one HTTP request
@@ -141,18 +141,14 @@ def _no_obfuscation(value: bool) -> bool:
     return value
 
 
-class StreamOptions(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
+class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: Annotated[bool, pydantic.AfterValidator(_no_obfuscation)] = False
 
 
-class PlaceFields(pydantic.BaseModel):
+class PlaceFields(Strict):
     """Which model, and where the request stands in the queue and in the caches."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
     model: str
     service_tier: str | None = None
@@ -188,17 +184,19 @@ class SamplingFields(PlaceFields):
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int | None = None
-    stop: Annotated[list[str], AtMost(MAX_STOP_STRINGS), pydantic.BeforeValidator(_as_list)] = []
+    stop: Annotated[list[str], AtMost(MAX_STOP_STRINGS), pydantic.BeforeValidator(_as_list)] = pydantic.Field(
+        default_factory=list
+    )
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], AtMost(MAX_LOGIT_BIAS)] | None = None
 
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
-    stop_token_ids: Annotated[list[int], AtMost(MAX_STOP_TOKENS)] = []
+    stop_token_ids: Annotated[list[int], AtMost(MAX_STOP_TOKENS)] = pydantic.Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     allowed_token_ids: Annotated[list[int], AtMost(MAX_TOKEN_IDS)] | None = None
@@ -319,10 +317,6 @@ def _check_inert(name: str, value: Any) -> None:
 
 def _token_keys(bias: Mapping[str, float]) -> dict[int, float]:
     """JSON's keys are strings; OpenAI's are token ids in decimal."""
-    if len(bias) > MAX_LOGIT_BIAS:  # before a look at each
-        raise RequestError(
-            f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
-        )
     keyed = {}
     for name, value in bias.items():
         if not re.fullmatch(r"[0-9]{1,10}", name):

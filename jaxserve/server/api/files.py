@@ -26,11 +26,11 @@ from jaxserve.server.body import validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import ApiError, bad_request, json_response
 from jaxserve.server.jobs.desk import storage_failed
-from jaxserve.server.jobs.store import File, StorageError, Store, storage_errors
+from jaxserve.server.jobs.folder import StorageError, storage_errors
+from jaxserve.server.jobs.store import KEEP_SECONDS, Bounds, File, OverBound, Store
 from jaxserve.server.upload import receive_upload
 
-MAX_FILES = 10_000  # of one key
-BATCH_SECONDS = 30 * 86400  # how long files for batches are kept, unless the upload says otherwise
+BATCH_SECONDS = KEEP_SECONDS  # how long files for batches are kept, unless the upload says otherwise
 LEAST_KEPT, MOST_KEPT = 3600, 30 * 86400  # seconds, of `expires_after`
 PIECE_BYTES = 2**18  # of a file, that are read and sent at once
 PURPOSES = ("batch", "user_data")
@@ -80,20 +80,16 @@ class FilesQuery(pydantic.BaseModel):
 
 async def create_file(http: HttpRequest) -> Response:
     desk, tenant = context_of(http).desk, tenant_of(http)
-    path, (count, total) = await desk.run(lambda store: (store.incoming(), store.usage(tenant)))
-    if count >= MAX_FILES:
-        raise ApiError(403, f"there are {count} files already; at most {MAX_FILES}", code="too_many_files")
+    path, count = await desk.run(lambda store: (store.incoming(), store.count_files(tenant)))
+    if count >= desk.bounds.files:
+        raise over_bound(OverBound("files"), desk.bounds)
     reserved = 0
 
     def counted(size: int) -> None:
         nonlocal reserved
         reserved += size
-        desk.uploading += size
-        if total + desk.uploading > desk.max_bytes:
-            text = f"all files together may have {desk.max_bytes} bytes: delete some (--max-storage)"
-            raise ApiError(
-                507, text, type="server_error", code="storage_full", headers={"x-should-retry": "false"}
-            )
+        desk.uploading[tenant] += size
+        desk.check_room(tenant)
 
     try:
         upload = await receive_upload(http.scope, http.receive, path, desk.max_file_bytes, counted)
@@ -107,11 +103,15 @@ async def create_file(http: HttpRequest) -> Response:
             created_at=now,
             expires_at=fields.expires_at(now),
         )
-        await desk.run(lambda store: store.add_file(tenant, file, path))
+        await desk.run(lambda store: store.add_file(tenant, file, path, desk.bounds))
+    except OverBound as error:
+        raise over_bound(error, desk.bounds) from None
     except StorageError as error:
         raise storage_failed(error) from None
     finally:
-        desk.uploading -= reserved
+        desk.uploading[tenant] -= reserved
+        if not desk.uploading[tenant]:
+            del desk.uploading[tenant]
         await asyncio.to_thread(path.unlink, missing_ok=True)
     return json_response(file_body(file))
 
@@ -228,6 +228,18 @@ async def find(http: HttpRequest) -> File:
     if file is None:
         raise not_found(file_id)
     return file
+
+
+def over_bound(error: OverBound, bounds: Bounds) -> ApiError:
+    """403 for a number, 507 for bytes; neither is worth repeating at once."""
+    headers = {"x-should-retry": "false"}
+    if error.bound == "files":
+        text = f"there are {bounds.files} files already: delete some"
+        return ApiError(403, text, code="too_many_files", headers=headers)
+    text = f"all files and results together may have {bounds.of_all} bytes: delete some (--max-storage)"
+    if error.bound == "of_key":
+        text = f"the files and results of one key may have {bounds.of_key} bytes: delete some (--max-storage)"
+    return ApiError(507, text, type="server_error", code="storage_full", headers=headers)
 
 
 def not_found(file_id: str) -> ApiError:

@@ -13,19 +13,15 @@ import pydantic
 from jaxserve.engine.outputs import EngineBusy
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
-from jaxserve.server.body import AtMost
+from jaxserve.server.body import AtMost, Strict
 from jaxserve.server.errors import queue_full
 
 MAX_CHOICES = 2**15
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"  # OpenAI's, of schemas and tools
 
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
-
-class JsonSchema(pydantic.BaseModel):
+class JsonSchema(Strict):
     """`strict` changes nothing: a schema is always kept to."""
-
-    model_config = _STRICT
 
     name: Annotated[str, pydantic.Field(pattern=NAME)]
     description: str | None = None
@@ -33,17 +29,13 @@ class JsonSchema(pydantic.BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputsField(pydantic.BaseModel):
+class StructuredOutputsField(Strict):
     """vLLM's. `json` is the schema, as an object or as its text."""
-
-    model_config = _STRICT
 
     json_: Annotated[dict[str, Any] | str | None, pydantic.Field(alias="json")] = None
     json_object: bool | None = None
@@ -59,7 +51,7 @@ class Wanted(NamedTuple):
     param: str
 
 
-class StructuredFields(pydantic.BaseModel):
+class StructuredFields(Strict):
     """Of completions and chat completions."""
 
     response_format: ResponseFormat | None = None

@@ -19,8 +19,8 @@ from jaxserve.scheduler.types import RequestError
 from jaxserve.server.api.conversation import Messages, Tools, neutral
 from jaxserve.server.api.fields import Caller, SamplingFields
 from jaxserve.server.api.job import Prepare, prepared
-from jaxserve.server.api.turn_prompt import Prompt, TurnRequest
-from jaxserve.server.body import OFF_LOOP_BYTES, read_body, validate
+from jaxserve.server.api.turn_prompt import MOST_COUNTED, Prompt, TurnRequest
+from jaxserve.server.body import OFF_LOOP_BYTES, Strict, read_body, validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
 
@@ -33,11 +33,9 @@ TOKENS = {"type": "array", "maxItems": MAX_TOKENS, "items": {"type": "integer", 
 # --- models --------------------------------------------------------------------------------------------
 
 
-class TokenizeRequest(pydantic.BaseModel):
+class TokenizeRequest(Strict):
     """A text (`prompt`), or a conversation (`messages` and what goes with them) as chat completions would lay
     it out. add_special_tokens: of a text; a chat template writes its own."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
     prompt: Annotated[str, pydantic.Field(max_length=MAX_CHARACTERS)] | None = None
@@ -61,9 +59,7 @@ class TokenizeRequest(pydantic.BaseModel):
         )
 
 
-class DetokenizeRequest(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
+class DetokenizeRequest(Strict):
     model: str | None = None
     # checked by `_check_tokens`, as quickly as a million of them need
     tokens: Annotated[Any, pydantic.WithJsonSchema(TOKENS)]
@@ -139,7 +135,7 @@ def _conversation(fields: TokenizeRequest, tokenizer: TokenizerLike, caller: Cal
             code="unsupported_parameter",
         )
     try:
-        return Prompt(fields.asked(), tokenizer, caller).ids
+        return Prompt(fields.asked(), tokenizer, caller, context=MOST_COUNTED).ids
     except RequestError as error:
         raise from_request_error(error) from None
 

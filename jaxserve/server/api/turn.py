@@ -94,8 +94,12 @@ class ToolCall:
 
 @dataclasses.dataclass(slots=True)
 class TurnChoice:
-    """One choice's whole answer. `text` is None where there are calls and no text."""
+    """One choice's whole answer: its events in their order, and joined by their kind, as chat has them.
 
+    `text` is None where there are calls and no text.
+    """
+
+    events: list[Event]
     text: str | None
     reasoning: str | None
     calls: list[ToolCall]
@@ -129,7 +133,7 @@ class Turn:
         now = time.monotonic()
         place = asked.sampling.place(caller, now)
         self.service_tier = service_tier(place["tier"])
-        prompt = Prompt(asked, engine.tokenizer, caller)
+        prompt = Prompt(asked, engine.tokenizer, caller, context=engine.limits.max_model_len)
         self.reading = prompt.reading
         structured, param = prompt.structured()
         # what is wrong with its ranges is cheap to find, a grammar is not to make
@@ -174,6 +178,7 @@ class Turn:
                 case End():
                     finish = event.finish_reason
         return TurnChoice(
+            events=events,
             text=text if text or not calls else None,
             reasoning=reasoning or None,
             calls=calls,
@@ -215,7 +220,9 @@ class _Channel:
             text += stop_reason
         parts = self._reader.push(text)
         if finish is not None:
-            parts += self._reader.finish()
+            rest = self._reader.finish()
+            # of a reply that may only call, text is a call that was cut off before it could be told
+            parts += [part for part in rest if not (self._reading.forced and isinstance(part, Said))]
         events = [self._event(part) for part in parts]
         if logprobs:
             events = _with_logprobs(self._index, events, logprobs)

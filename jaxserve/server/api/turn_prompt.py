@@ -23,6 +23,7 @@ from jaxserve.text.tools.call_grammars import Function, Grammars, choice_body, j
 from jaxserve.text.tools.formats import Format, detect
 from jaxserve.text.tools.parts import Reader
 
+MOST_COUNTED = 2**19  # tokens of a prompt that is only counted, whatever the context
 TAIL = 16  # tokens of a prompt's end that may open the reasoning
 MAX_VARIABLES, MAX_VARIABLE_BYTES = 64, 2**16  # of a chat template, by one request
 OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
@@ -64,7 +65,8 @@ class TurnRequest:
 class Reading:
     """How a reply's text is taken apart.
 
-    tools: the names of those that may be called. opened: it begins within its reasoning. hidden: names of
+    tools: the names of those that may be called. opened: it begins within its reasoning. closed: it begins
+    after it, or is to have none. forced: it may be nothing but calls, its reasoning aside. hidden: names of
     special tokens to take out of text that must be decoded with them; None where it need not be. new_id: the
     caller's.
     """
@@ -72,6 +74,8 @@ class Reading:
     format: Format
     tools: tuple[str, ...]
     opened: bool
+    closed: bool
+    forced: bool
     hidden: frozenset[str] | None
     new_id: Callable[..., str]
 
@@ -85,12 +89,14 @@ class Reading:
 
 
 class Prompt:
-    """A turn's prompt. Raises RequestError.
+    """A turn's prompt. Raises RequestError; where it is far longer than `context` tokens, before rendering.
 
     ids: its tokens. reading: how the reply is read.
     """
 
-    def __init__(self, asked: TurnRequest, tokenizer: TokenizerLike | None, caller: Caller) -> None:
+    def __init__(
+        self, asked: TurnRequest, tokenizer: TokenizerLike | None, caller: Caller, *, context: int
+    ) -> None:
         self._asked = asked
         self._tokenizer = tokenizer
         self._caller = caller
@@ -103,6 +109,9 @@ class Prompt:
         self._tools = () if asked.tool_choice == "none" else asked.tools
         self._check_tools(source)
         variables = self._variables()
+        self._unthinking = asked.template.get("reasoning_effort") == "none" or any(
+            variables.get(name) is False for name in ("enable_thinking", "thinking")
+        )
         if self._tools:
             variables["tools"] = list(self._tools)
         if asked.continue_final_message:
@@ -110,6 +119,7 @@ class Prompt:
         ids = encode_messages(
             tokenizer,
             for_template(asked.messages),
+            context=None if asked.sampling.truncate_prompt_tokens is not None else context,
             add_generation_prompt=asked.add_generation_prompt,
             **variables,
         )
@@ -189,10 +199,13 @@ class Prompt:
         if self._tokenizer is not None:
             special = frozenset(map(self._tokenizer.token_text, self._tokenizer.special_ids))
         shown = special & set(self._format.markers(tools=bool(self._tools)))
+        opened = self._format.reasoning is not None and self._opened()
         return Reading(
             self._format,
             tuple(tool["function"]["name"] for tool in self._tools),
-            self._format.reasoning is not None and self._opened(),
+            opened,
+            not opened and (self._unthinking or self._closed()),
+            bool(self._tools) and self._asked.tool_choice != "auto",
             special - shown if shown else None,
             self._caller.new_id,
         )
@@ -202,6 +215,13 @@ class Prompt:
         if self._asked.continue_final_message:
             return think.is_open(str(self._asked.messages[-1].get("content") or ""))
         return think.opens(self._tokenizer.decode(self.ids[-TAIL:], skip_special_tokens=False))
+
+    def _closed(self) -> bool:
+        if self._tokenizer is None:
+            return False
+        if self._asked.continue_final_message:  # with what was thought before, if anything was
+            return bool(str(self._asked.messages[-1].get("content") or "").strip())
+        return think.closes(self._tokenizer.decode(self.ids[-TAIL:], skip_special_tokens=False))
 
     # --- what the reply must look like ---
 
@@ -239,7 +259,7 @@ class Prompt:
             token = None if self._tokenizer is None else self._tokenizer.token_id(marker)
             if token is not None:
                 tokens[marker] = token
-        return Grammars(self._format, tokens, opened=self.reading.opened)
+        return Grammars(self._format, tokens, opened=self.reading.opened, closed=self.reading.closed)
 
     def _body(self, structured: StructuredOutputs) -> str:
         if structured.json_object:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from jaxserve.config import ServerOptions
+from jaxserve.engine.outputs import Output
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import Request, Tier
 from jaxserve.server.api import chat, completions, embeddings, responses, results
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 Answers = Sequence[results.Answer]
 # from what submits and collects, to its task once it has submitted
 Begin = Callable[[Callable[[], Coroutine[Any, Any, Answers]]], Awaitable[asyncio.Task[Answers]]]
+LEAST_PART = 8  # sequences of one line that are submitted at once, also with fewer slots
 # its own: requests that wait for a thread are not to wait behind a job's lines
 _threads = concurrent.futures.ThreadPoolExecutor(2, "jaxserve-lines")
 
@@ -121,12 +124,45 @@ async def _reply(
         return job, [_fixed(request, number, caller) for number, request in enumerate(job.requests)]
 
     job, requests = await _beside(prepare)
-    collecting = await begin(lambda: results.collect(bridge.open(engine, requests), requests, job.usage))
-    try:
-        answers = await collecting
-    finally:
-        collecting.cancel()
+    answers: list[results.Answer] = []
+    for part in _parts(requests, max(LEAST_PART, engine.stats()["slots"])):
+        usage = _PartUsage(job.usage, len(answers))
+        collecting = await begin(functools.partial(_collect, bridge, engine, part, usage))
+        try:
+            answers += await collecting
+        finally:
+            collecting.cancel()
     return _settled(await _beside(lambda: job.answer(answers)))
+
+
+async def _collect(
+    bridge: Bridge, engine: EngineLike, requests: list[Request], usage: results.Usage
+) -> Answers:
+    return await results.collect(bridge.open(engine, requests), requests, usage)
+
+
+def _parts(requests: list[Request], most: int) -> Iterator[list[Request]]:
+    """The requests in parts of at most so many sequences, which are submitted one after the other: a line of
+    2,048 prompts is not to be the engine's whole queue. One request is never divided."""
+    part: list[Request] = []
+    for request in requests:
+        if part and sum(one.params.sequences for one in part) + request.params.sequences > most:
+            yield part
+            part = []
+        part.append(request)
+    if part:
+        yield part
+
+
+class _PartUsage(results.Usage):
+    """Adds to the usage of all, of which this part begins at prompt `start`."""
+
+    def __init__(self, whole: results.Usage, start: int) -> None:
+        self._whole = whole
+        self._start = start
+
+    def add(self, prompt: int, output: Output) -> None:
+        self._whole.add(self._start + prompt, output)
 
 
 def _for_batch(body: Mapping[str, Any]) -> dict[str, Any]:

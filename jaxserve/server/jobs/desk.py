@@ -7,6 +7,7 @@ answer 503 and say so.
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import logging
@@ -18,12 +19,14 @@ from pathlib import Path
 from jaxserve.config import ServerOptions
 from jaxserve.server.bridge import Bridge
 from jaxserve.server.errors import ApiError, not_ready
+from jaxserve.server.jobs.folder import FolderTaken, StorageError
 from jaxserve.server.jobs.runner import Runner
-from jaxserve.server.jobs.store import FolderTaken, StorageError, Store
+from jaxserve.server.jobs.store import Bounds, OverBound, Store
 
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
+MAX_FILES = 10_000  # of one key
 
 
 def data_folder(options: ServerOptions) -> Path:
@@ -34,13 +37,18 @@ def data_folder(options: ServerOptions) -> Path:
 
 
 class Desk:
+    """uploading: bytes of files that are being written, by tenant."""
+
     def __init__(self, options: ServerOptions, bridge: Bridge) -> None:
         self.options = options
         self.folder = data_folder(options)
         self.max_file_bytes = options.max_file_size * 10**6
-        self.max_bytes = options.max_storage * 10**6
+        of_all = options.max_storage * 10**6
+        # with several keys, none can fill it for all others
+        of_key = of_all if options.api_key_file is None else of_all // 2
+        self.bounds = Bounds(MAX_FILES, of_key, of_all)
         self.runner = Runner(self, bridge)
-        self.uploading = 0  # bytes of files that are being written
+        self.uploading: collections.Counter[bytes] = collections.Counter()
         self._store: Store | None = None
         self._counts: Mapping[str, int] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "jaxserve-jobs")
@@ -86,6 +94,22 @@ class Desk:
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, on_thread)
 
+    def check_room(self, tenant: bytes) -> None:
+        """Raises OverBound where what the tenant uploads is more than may be stored."""
+        if self._store is not None:
+            mine = self.uploading[tenant]
+            others = self.uploading.total() - mine
+            self._store.check_room(tenant, mine, self.bounds, uploading=others)
+
+    def has_room(self, tenant: bytes) -> bool:
+        """Whether another result of the tenant's may be stored."""
+        try:
+            if self._store is not None:
+                self._store.check_room(tenant, 1, self.bounds)
+        except OverBound:
+            return False
+        return True
+
     @property
     def exists(self) -> bool:
         """Whether there may be anything in the folder."""
@@ -116,8 +140,12 @@ class Desk:
     async def _sweep(self) -> None:
         while True:
             if self.exists:
-                with contextlib.suppress(FolderTaken, StorageError):  # told where they matter
+                try:
                     await self.try_run(lambda store: store.sweep(int(time.time())))
+                except FolderTaken:
+                    pass  # told when it was found
+                except Exception:
+                    log.exception("the data folder could not be swept; tried again in %g s", SWEEP_SECONDS)
             await asyncio.sleep(SWEEP_SECONDS)
 
 

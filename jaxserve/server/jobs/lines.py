@@ -45,8 +45,12 @@ class LineError(ValueError):
         return {"code": self.code, "message": str(self), "param": self.param, "line": self.line}
 
 
+class InputLost(Exception):
+    """The job's input file is no longer there."""
+
+
 def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
-    """(number of requests, what is wrong with them: then the job fails). Raises OSError."""
+    """(number of requests, what is wrong with them: then the job fails). Raises InputLost or OSError."""
     errors: list[LineError] = []
     seen: dict[bytes, int] = {}  # digest of a custom_id -> its line
     count = 0
@@ -78,14 +82,18 @@ def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
 
 
 def lines(path: Path, endpoint: str) -> Iterator[Line]:
-    """Of a file that `check_lines` found in order. Raises OSError."""
+    """Of a file that `check_lines` found in order. Raises InputLost or OSError."""
     for number, data in raw_lines(path):
         yield parse_line(number, data, endpoint)
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, content) of each line that has any; of one that is too long, the beginning."""
-    with open(path, "rb") as file:
+    try:
+        opened = open(path, "rb")  # noqa: SIM115  # closed below
+    except FileNotFoundError:
+        raise InputLost from None
+    with opened as file:
         number = 0
         while data := file.readline(MAX_LINE_BYTES + 1):
             number += 1

@@ -7,16 +7,18 @@ are made again, the same to the byte: ids are made from the job's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from jaxserve.server.jobs.answer import unanswered
+from jaxserve.server.jobs.folder import flush, storage_errors
 from jaxserve.server.jobs.lines import lines
-from jaxserve.server.jobs.store import Batch, File, Result, Store, flush, storage_errors
+from jaxserve.server.jobs.store import KEEP_SECONDS, Batch, File, Result, Store
 
 if TYPE_CHECKING:
     from jaxserve.server.jobs.desk import Desk
@@ -26,11 +28,14 @@ EXPIRED = "the batch's completion window ended before this request was answered"
 
 
 async def finish(desk: Desk, batch: Batch, path: Path) -> None:
-    """Takes the job to its last state. path: of its input. Raises StorageError, and has then done nothing."""
+    """Takes the job to its last state. path: of its input.
+
+    Raises InputLost or StorageError, and has then done nothing.
+    """
     status: Literal["completed", "expired", "cancelled"]
     if batch.status == "cancelling":
         status = "cancelled"
-    elif batch.completed + batch.failed < batch.total:
+    elif not batch.answered:
         status = "expired"
     else:
         status = "completed"
@@ -40,13 +45,12 @@ async def finish(desk: Desk, batch: Batch, path: Path) -> None:
         written = await asyncio.to_thread(_write, store, batch, path, names[0], names[1])
         batch = dataclasses.replace(batch, completed=written.completed, failed=written.failed)
         now = int(time.time())
-        expires = batch.body.get("output_expires_after")
+        until = now + batch.body.get("output_expires_after", KEEP_SECONDS)
         files: list[tuple[File, Path]] = []
         changes: dict[str, Any] = {f"{status}_at": now}
         for kind, name, size in (("output", names[0], written.output), ("error", names[1], written.errors)):
             if size:
                 file_id = f"file-{hashlib.blake2b(f'{batch.id} {kind}'.encode(), digest_size=16).hexdigest()}"
-                until = None if expires is None else now + expires
                 filename = f"{batch.id}_{kind}.jsonl"
                 files.append((File(file_id, filename, "batch_output", size, now, until), name))
                 changes[f"{kind}_file_id"] = file_id
@@ -74,8 +78,13 @@ class _Written:
 
 def _write(store: Store, batch: Batch, path: Path, output: Path, errors: Path) -> _Written:
     written = _Written()
-    with storage_errors(), open(output, "xb") as good, open(errors, "xb") as bad:
-        for result in _all(store, batch, path):
+    with (
+        storage_errors(),
+        open(output, "xb") as good,
+        open(errors, "xb") as bad,
+        contextlib.closing(_all(store, batch, path)) as every,  # on this thread, as the database wants it
+    ):
+        for result in every:
             if result.failed:
                 written.failed += 1
                 written.errors += _put(bad, result)
@@ -91,18 +100,18 @@ def _put(file: BinaryIO, result: Result) -> int:
     return file.write(result.data) + file.write(b"\n")
 
 
-def _all(store: Store, batch: Batch, path: Path) -> Iterator[Result]:
+def _all(store: Store, batch: Batch, path: Path) -> Generator[Result]:
     """A result for each line, for those without one that it was not answered."""
     cancelled = batch.status == "cancelling"
     code, message = ("batch_cancelled", CANCELLED) if cancelled else ("batch_expired", EXPIRED)
-    stored = store.results(batch.id)
-    result = next(stored, None)
-    for line in lines(path, batch.body["endpoint"]) if batch.total else ():
-        if result is not None and result.line == line.number:
-            yield result
-            result = next(stored, None)
-        else:
-            yield Result(batch.id, line.number, True, unanswered(batch, line, code, message))
+    with contextlib.closing(store.results(batch.id)) as stored:
+        result = next(stored, None)
+        for line in lines(path, batch.body["endpoint"]) if batch.total else ():
+            if result is not None and result.line == line.number:
+                yield result
+                result = next(stored, None)
+            else:
+                yield Result(batch.id, line.number, True, unanswered(batch, line, code, message))
 
 
 def _remove(paths: list[Path]) -> None:

@@ -9,7 +9,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from jaxserve.server.jobs.store import FolderTaken, Result, StorageError
+from jaxserve.server.jobs.folder import FolderTaken, StorageError
+from jaxserve.server.jobs.store import Result
 
 if TYPE_CHECKING:
     from jaxserve.server.jobs.desk import Desk
@@ -117,6 +118,10 @@ class Writer:
                     self.blocked = True
                     text = "%d results of batch jobs wait: %s; tried again in %g s"
                     log.error(text, len(self._queue), error, RETRY_SECONDS)
+                    await asyncio.sleep(RETRY_SECONDS)
+                except Exception:  # a fault of ours: results are kept, as long as the process lives
+                    self.blocked = True
+                    log.exception("results of batch jobs wait; tried again in %g s", RETRY_SECONDS)
                     await asyncio.sleep(RETRY_SECONDS)
 
     async def _write(self) -> None:

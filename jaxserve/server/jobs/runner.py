@@ -1,46 +1,78 @@
-"""Runs batch jobs: validates the input, sends its lines to the engine as batch work, writes what comes.
+"""Runs batch jobs: validates the input, has its lines answered, writes what comes of it.
 
 Every line's reply is a function of the job and the line: ids, times and seeds are made from them, whatever
 was going on when it ran. So a job that is interrupted anywhere goes on with the lines that have no result
 yet, and its files are byte for byte those of a job that was not (where the engine's tokens do not depend on
 what runs beside: `--reproducible`).
 
-A line holds a place among a bounded number from when it is read until its result is on the disk. When the
-disk is full results wait, so no more lines are read; the job goes on once there is room.
+What is to be done next for a job follows from what the disk says of it. Only work needs the job's model and
+one of the places for jobs at work: a job is validated, and ended when it was cancelled or its time is over,
+whatever else there is to do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import dataclasses
+import enum
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxserve.protocols import EngineLike
 from jaxserve.server.bridge import Bridge
-from jaxserve.server.errors import ApiError
 from jaxserve.server.jobs import pace
-from jaxserve.server.jobs.answer import Answers, answer_line
-from jaxserve.server.jobs.lines import Line, check_lines, lines
+from jaxserve.server.jobs.folder import FolderTaken, StorageError
+from jaxserve.server.jobs.lines import InputLost, LineError, check_lines
 from jaxserve.server.jobs.output import finish
-from jaxserve.server.jobs.pace import Room, Writer
-from jaxserve.server.jobs.store import Batch, FolderTaken, StorageError, Store
+from jaxserve.server.jobs.store import LOST_BODY, Batch, Store
+from jaxserve.server.jobs.turns import Place, Turns
+from jaxserve.server.jobs.work import Work
 
 if TYPE_CHECKING:
     from jaxserve.server.jobs.desk import Desk
 
 log = logging.getLogger(__name__)
 
-MAX_JOBS = 8  # that run side by side, the oldest first
-MAX_BYTES = 64 * 2**20  # of lines that are held at once; one line alone may be larger
+MAX_JOBS = 8  # that are at work side by side
+MAX_ASIDE = 4  # that are validated, and that are ended, side by side
 POLL_SECONDS = 0.5  # how often the folder is looked at for jobs, unless it is told of one
-BUSY_SECONDS = 0.02
 FAULT_SECONDS = 60.0  # after a fault of ours, which would most likely come again at once
-MAX_FAILURES = 3  # of one line, with an engine that is well; then that is its result
+
+
+class Phase(enum.Enum):
+    """What a job needs next."""
+
+    VALIDATE = enum.auto()
+    WORK = enum.auto()
+    END = enum.auto()
+
+
+def next_phase(batch: Batch, now: float) -> Phase:
+    """Of one that has not ended. now: seconds since the epoch."""
+    if batch.lost or batch.status in ("cancelling", "finalizing") or batch.answered:
+        return Phase.END
+    if batch.body["expires_at"] <= now:
+        return Phase.END
+    return Phase.VALIDATE if batch.status == "validating" else Phase.WORK
+
+
+@dataclasses.dataclass(slots=True)
+class _Running:
+    """leaving: set when no more lines are to be begun. stopped: when those that run are given up, too."""
+
+    batch: Batch
+    phase: Phase
+    since: float
+    leaving: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    stopped: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.batch.id, self.batch.tenant, self.since, self.leaving.is_set())
 
 
 class Runner:
@@ -49,117 +81,133 @@ class Runner:
     def __init__(self, desk: Desk, bridge: Bridge) -> None:
         self._desk = desk
         self._bridge = bridge
-        self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._stops: dict[str, asyncio.Event] = {}  # of jobs that run: set when they are cancelled
+        self._work = Work(desk, bridge)
+        self._running: dict[str, _Running] = {}
+        self._faulty: dict[str, float] = {}  # jobs that failed for a fault of ours: when they are tried again
+        self._turns = {
+            Phase.VALIDATE: Turns(MAX_ASIDE),
+            Phase.WORK: Turns(MAX_JOBS),
+            Phase.END: Turns(MAX_ASIDE),
+        }
         self._woken = asyncio.Event()
-        self._paused = False
         self._loop: asyncio.Task[None] | None = None
-        self._room = Room(MAX_BYTES)
-        self._turn = asyncio.Lock()
-        self._writer = Writer(desk)
 
     @property
     def unwritten(self) -> int:
-        return self._writer.waiting if self._writer.blocked else 0
+        return self._work.writer.waiting if self._work.writer.blocked else 0
 
     def start(self) -> None:
         self._loop = asyncio.create_task(self._run())
-        self._writer.start()
+        self._work.writer.start()
 
     def wake(self) -> None:
         """There is a new job, or one that was cancelled."""
         self._woken.set()
 
     def cancel(self, batch_id: str) -> None:
-        if batch_id in self._stops:
-            self._stops[batch_id].set()
+        if batch_id in self._running:
+            self._running[batch_id].stopped.set()
         self.wake()
 
     def pause(self) -> None:
-        self._paused = True
+        self._work.paused = True
+
+    def resume(self) -> None:
+        self._work.paused = False
+        self.wake()
 
     async def stop(self) -> None:
-        self._paused = True
-        tasks = [task for task in (self._loop, *self._jobs.values()) if task is not None]
+        self.pause()
+        tasks = [task for task in (self._loop, *(one.task for one in self._running.values())) if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._writer.stop()
+        await self._work.writer.stop()
 
     async def _run(self) -> None:
         while True:
+            wait = POLL_SECONDS
             try:
-                await self._begin_jobs()
-            except (FolderTaken, StorageError) as error:
+                await self._look()
+            except FolderTaken as error:  # told when it was found
                 log.debug("jobs cannot be looked up: %s", error)
+            except Exception as error:
+                wait = pace.RETRY_SECONDS
+                trace = None if isinstance(error, StorageError) else error
+                log.error("batch jobs cannot be looked up: %s; in %g s again", error, wait, exc_info=trace)
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_SECONDS)
+                await asyncio.wait_for(self._woken.wait(), wait)
 
-    async def _begin_jobs(self) -> None:
-        engine = self._bridge.holder.engine
-        if self._paused or engine is None or not self._desk.exists:
+    async def _look(self) -> None:
+        """Begins what can be begun."""
+        if self._work.paused or not self._desk.exists:
             return
-        model = self._bridge.holder.model_name  # jobs of another model wait for a server that has it
-        self._room.places = 2 * engine.stats()["slots"] + 8
-        for batch in await self._desk.try_run(lambda store: store.open_batches(model)):
-            if batch.id not in self._jobs and len(self._jobs) < MAX_JOBS:
-                self._stops[batch.id] = asyncio.Event()
-                self._jobs[batch.id] = asyncio.create_task(self._job(batch))
+        batches = await self._desk.try_run(lambda store: store.open_batches())
+        engine, model = self._bridge.holder.engine, self._bridge.holder.model_name
+        if engine is not None:
+            self._work.room.places = 2 * engine.stats()["slots"] + 8
+        now = time.monotonic()
+        self._faulty = {name: until for name, until in self._faulty.items() if until > now}
+        waiting: dict[Phase, dict[str, Batch]] = {phase: {} for phase in Phase}
+        for batch in batches:
+            phase = next_phase(batch, time.time())
+            # one of another model waits for a server that has it
+            runs = phase is not Phase.WORK or (engine is not None and batch.model == model)
+            if runs and batch.id not in self._running and batch.id not in self._faulty:
+                waiting[phase][batch.id] = batch
+        for phase, turns in self._turns.items():
+            taken = [one.place for one in self._running.values() if one.phase is phase]
+            queue = [(batch.id, batch.tenant) for batch in waiting[phase].values()]
+            begun = turns.begin(queue, taken, now)
+            for name in begun:
+                running = _Running(waiting[phase][name], phase, now)
+                self._running[name] = running
+                running.task = asyncio.create_task(self._job(running))
+            if phase is Phase.WORK:
+                left = [job for job in queue if job[0] not in begun]
+                leaving = turns.leave(left, taken, now) if not begun else None
+                if leaving is not None:
+                    self._running[leaving].leaving.set()
 
-    async def _job(self, batch: Batch) -> None:
+    async def _job(self, running: _Running) -> None:
+        """One phase; what is next is looked up again."""
+        batch = running.batch
         try:
-            await self._carry_out(batch)
+            path = await self._on_disk(lambda store: store.path(batch.input_file_id))
+            match running.phase:
+                case _ if batch.lost:
+                    await self._on_disk(lambda store: store.fail(batch.id, LOST_BODY["errors"]))
+                case Phase.VALIDATE:
+                    await self._validate(batch, path)
+                case Phase.WORK:
+                    await self._work_until_stopped(running, path)
+                case Phase.END:
+                    await self._until_written(lambda: finish(self._desk, batch, path))
+                    log.info("batch %s is done", batch.id)
+        except InputLost:
+            error = LineError("input_file_lost", f"{batch.input_file_id} is no longer there")
+            log.error("batch %s failed: %s", batch.id, error)
+            await self._on_disk(lambda store: store.fail(batch.id, [error.body()]))
         except Exception:
             log.exception("batch %s failed; it is taken up again in %g s", batch.id, FAULT_SECONDS)
-            await asyncio.sleep(FAULT_SECONDS)
+            self._faulty[batch.id] = time.monotonic() + FAULT_SECONDS
         finally:
-            self._jobs.pop(batch.id, None)
-            self._stops.pop(batch.id, None)
+            self._running.pop(batch.id, None)
             self._woken.set()
-
-    async def _carry_out(self, batch: Batch) -> None:
-        """From whatever state the job was left in to its end."""
-        path = await self._on_disk(lambda store: store.path(batch.input_file_id))
-        if batch.status == "validating":
-            await self._validate(batch, path)
-        current = await self._current(batch.id)
-        if current.status == "in_progress":
-            await self._work_until_stopped(current, path)
-            current = await self._current(batch.id)
-        if current.ended:
-            return
-        await self._until_written(lambda: finish(self._desk, current, path))
-        log.info("batch %s is done", batch.id)
-
-    async def _work_until_stopped(self, batch: Batch, path: Path) -> None:
-        """Returns when every line is done, the job is cancelled, or its time is over."""
-        working = asyncio.create_task(self._work(batch, path))
-        stopping = asyncio.create_task(self._stops[batch.id].wait())
-        try:
-            left = max(0.0, batch.body["expires_at"] - time.time())
-            await asyncio.wait({working, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
-        finally:
-            for task in (working, stopping):
-                task.cancel()
-            await asyncio.gather(working, stopping, return_exceptions=True)
-
-    async def _current(self, batch_id: str) -> Batch:
-        batch = await self._on_disk(lambda store: store.batch(batch_id))
-        assert batch is not None
-        return batch
 
     async def _validate(self, batch: Batch, path: Path) -> None:
         endpoint = batch.body["endpoint"]
         count, errors = await self._until_written(lambda: asyncio.to_thread(check_lines, path, endpoint))
         now = int(time.time())
         if errors:
-            listed = [error.body() for error in errors]
             await self._on_disk(
                 lambda store: store.change(
-                    batch.id, "failed", only_from=["validating"], failed_at=now, errors=listed
+                    batch.id,
+                    "failed",
+                    only_from=["validating"],
+                    failed_at=now,
+                    errors=[error.body() for error in errors],
                 )
             )
         else:
@@ -169,68 +217,21 @@ class Runner:
                 )
             )
 
-    async def _work(self, batch: Batch, path: Path) -> None:
-        """Until every line has a result on the disk. Leaves no line running when cancelled."""
+    async def _work_until_stopped(self, running: _Running, path: Path) -> None:
+        """Until every line is done, the job has given up its place or is cancelled, or its time is over."""
+        batch = running.batch
         done = await self._on_disk(lambda store: store.finished_lines(batch.id))
-        running: set[asyncio.Task[None]] = set()
+        working = asyncio.create_task(self._work.run(batch, path, done, running.leaving))
+        stopping = asyncio.create_task(running.stopped.wait())
         try:
-            async for line in _ahead(lines(path, batch.body["endpoint"])):
-                if line.number in done:
-                    continue
-                await self._room.enter(line.size)
-                task = asyncio.create_task(self._line(batch, line))
-                running.add(task)
-                task.add_done_callback(running.discard)
-                # not in the task itself: one that is cancelled at once never begins
-                task.add_done_callback(functools.partial(self._left, line.size))
-            await asyncio.gather(*running)
+            left = max(0.0, batch.body["expires_at"] - time.time())
+            await asyncio.wait({working, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
         finally:
-            for task in running:
+            for task in (working, stopping):
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-
-    def _left(self, size: int, task: asyncio.Task[None]) -> None:
-        self._room.leave(size)
-
-    async def _line(self, batch: Batch, line: Line) -> None:
-        failures = 0
-        while True:
-            engine = await self._ready()
-            try:
-                result = await answer_line(self._bridge, self._desk.options, engine, batch, line, self._begin)
-                break
-            except ApiError as error:
-                # the engine died, or takes no more just now: none of that is the line's
-                failures += error.status >= 500 and engine.healthy and not self._paused
-                if failures == MAX_FAILURES:
-                    result = await answer_line(
-                        self._bridge, self._desk.options, engine, batch, line, self._begin, failure=error
-                    )
-                    break
-                wait = int((error.headers or {}).get("Retry-After", 1))
-                log.debug("batch %s line %d waits: %s", batch.id, line.number, error)
-                await asyncio.sleep(wait)
-        await self._writer.put(result)
-
-    async def _ready(self) -> EngineLike:
-        """The engine, once it is well."""
-        while True:
-            engine = self._bridge.holder.engine
-            if engine is not None and engine.healthy and not self._paused:
-                return engine
-            await asyncio.sleep(POLL_SECONDS)
-
-    async def _begin(self, submit: Callable[[], Coroutine[Any, Any, Answers]]) -> asyncio.Task[Answers]:
-        """Submits once few wait for the engine: its queue is for those who wait for an answer."""
-        async with self._turn:
-            while True:
-                stats = (await self._ready()).stats()
-                if stats["waiting"] < max(2, stats["slots"] // 2):
-                    break
-                await asyncio.sleep(BUSY_SECONDS)
-            task = asyncio.create_task(submit())
-            await asyncio.sleep(0)  # it has begun, and so counts for the next one
-            return task
+            await asyncio.gather(working, stopping, return_exceptions=True)
 
     async def _on_disk[T](self, work: Callable[[Store], T]) -> T:
         return await self._until_written(lambda: self._desk.try_run(work))
@@ -243,9 +244,3 @@ class Runner:
             except (StorageError, OSError) as error:
                 log.error("batch jobs wait: %s; tried again in %g s", error, pace.RETRY_SECONDS)
                 await asyncio.sleep(pace.RETRY_SECONDS)
-
-
-async def _ahead(source: Iterator[Line]) -> AsyncIterator[Line]:
-    """The lines, each read on a thread: a long one takes a while to parse."""
-    while (line := await asyncio.to_thread(next, source, None)) is not None:
-        yield line

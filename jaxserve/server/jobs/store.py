@@ -14,57 +14,25 @@ One thread at a time calls a `Store`. Knows nothing of HTTP, engines or what a l
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-VERSION = 1  # of the tables
+from jaxserve.server.jobs.folder import connect, storage_errors, sync_folder, take_lock
+
+OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "failed", "expired", "cancelled")
-KEEP_SECONDS = 30 * 86400  # how long a job that ended is listed
-LOST_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-TABLES = """
-CREATE TABLE files (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant BLOB NOT NULL,
-    filename TEXT NOT NULL, purpose TEXT NOT NULL, bytes INTEGER NOT NULL,
-    created_at INTEGER NOT NULL, expires_at INTEGER
-);
-CREATE INDEX files_of ON files (tenant, number);
-CREATE TABLE batches (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant BLOB NOT NULL,
-    model TEXT NOT NULL, status TEXT NOT NULL, input_file_id TEXT NOT NULL, created_at INTEGER NOT NULL,
-    completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0, body TEXT NOT NULL
-);
-CREATE INDEX batches_of ON batches (tenant, number);
-CREATE INDEX batches_in ON batches (status, model);
-CREATE TABLE results (
-    batch TEXT NOT NULL, line INTEGER NOT NULL, failed INTEGER NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (batch, line)
-) WITHOUT ROWID;
-"""
-
-
-class StorageError(Exception):
-    """The disk does not take what is to be written, or does not give what was. full: for want of room."""
-
-    def __init__(self, error: OSError | sqlite3.Error) -> None:
-        super().__init__(f"{error}")
-        text = str(error)
-        self.full = (isinstance(error, OSError) and error.errno in LOST_SPACE) or (
-            isinstance(error, sqlite3.OperationalError) and ("full" in text or "disk I/O" in text)
-        )
-
-
-class FolderTaken(Exception):
-    """Another server uses the folder."""
+KEEP_SECONDS = 30 * 86400  # how long a job that ended is listed, and its files stay unless it says otherwise
+MAX_ENDED = 1000  # jobs of one key that are listed after their end, the newest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +47,10 @@ class File:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """A job. body: OpenAI's object but for `id`, `status` and the counts of what is done."""
+    """A job. body: OpenAI's object but for `id`, `status` and the counts of what is done.
+
+    lost: its body cannot be read; the one here has an error in it that says so.
+    """
 
     id: str
     tenant: bytes
@@ -90,10 +61,16 @@ class Batch:
     completed: int
     failed: int
     body: dict[str, Any]
+    lost: bool = False
 
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def answered(self) -> bool:
+        """Whether every line has a result."""
+        return 0 < self.total <= self.completed + self.failed
 
     @property
     def total(self) -> int:
@@ -111,23 +88,47 @@ class Result:
     data: bytes
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of what may be stored. files: of one key. of_key, of_all: bytes, of files and results."""
+
+    files: int
+    of_key: int
+    of_all: int
+
+
+class OverBound(Exception):
+    """What was to be added is more than may be stored. bound: the name of it in `Bounds`."""
+
+    def __init__(self, bound: Literal["files", "of_key", "of_all"]) -> None:
+        super().__init__(bound)
+        self.bound = bound
+
+
 FILE_COLUMNS = "id, filename, purpose, bytes, created_at, expires_at"
 BATCH_COLUMNS = "id, tenant, model, status, input_file_id, created_at, completed, failed, body"
 
 
 class Store:
     """Raises FolderTaken or StorageError when the folder cannot be used, and StorageError from every method
-    when the disk does not do as it is told; nothing of what the method was to do has then been done."""
+    when the disk does not do as it is told; nothing of what the method was to do has then been done.
+
+    stored: bytes of files and results; of: likewise, by tenant. Both may be read by any thread.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._by_status: Mapping[str, int] | None = None
         with storage_errors():
             for part in (folder, folder / "files", folder / "incoming"):
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _take_lock(folder / "lock")
+            for part in (folder / "files", folder / "incoming"):
+                part.chmod(0o700)
+            self._lock = take_lock(folder / "lock")
             try:
-                self._connection = _connect(folder / "jobs.sqlite")
+                self._connection = connect(folder / "jobs.sqlite")
                 self._clean()
+                self._count()
             except BaseException:
                 self._lock.close()
                 raise
@@ -147,17 +148,32 @@ class Store:
 
     # -- files
 
-    def add_file(self, tenant: bytes, file: File, written: Path) -> None:
-        """`written`: the content, brought to the disk; it is there no longer when this returns."""
+    def add_file(self, tenant: bytes, file: File, written: Path, bounds: Bounds) -> None:
+        """`written`: the content, brought to the disk; it is there no longer when this returns.
+
+        Raises OverBound: what was seen before the upload may have changed while it came.
+        """
+        if self.count_files(tenant) >= bounds.files:
+            raise OverBound("files")
+        self.check_room(tenant, file.bytes, bounds)
         with storage_errors():
             os.replace(written, self.path(file.id))
-            _sync_folder(self.folder / "files")
+            sync_folder(self.folder / "files")
             try:
                 with self._connection as database:
                     _insert_file(database, tenant, file)
             except BaseException:
                 self.path(file.id).unlink(missing_ok=True)
                 raise
+        self._add(tenant, file.bytes)
+
+    def check_room(self, tenant: bytes, size: int, bounds: Bounds, *, uploading: int = 0) -> None:
+        """Raises OverBound where `size` more bytes of the tenant's are too many. uploading: what everybody
+        else is about to add. On any thread."""
+        if self.of.get(tenant, 0) + size > bounds.of_key:
+            raise OverBound("of_key")
+        if self.stored + uploading + size > bounds.of_all:
+            raise OverBound("of_all")
 
     def file(self, tenant: bytes, file_id: str, now: int) -> File | None:
         query = f"SELECT {FILE_COLUMNS} FROM files WHERE tenant = ? AND id = ? AND ifnull(expires_at > ?, 1)"
@@ -182,16 +198,14 @@ class Store:
         rows = self._page("files", FILE_COLUMNS, tenant, where, values, limit, after, newest_first)
         return None if rows is None else [File(*row) for row in rows]
 
-    def usage(self, tenant: bytes) -> tuple[int, int]:
-        """(how many files the tenant has, bytes of everybody's)."""
+    def count_files(self, tenant: bytes) -> int:
         with storage_errors():
-            [[mine]] = self._connection.execute("SELECT count(*) FROM files WHERE tenant = ?", (tenant,))
-            [[everybody]] = self._connection.execute("SELECT ifnull(sum(bytes), 0) FROM files")
-        return mine, everybody
+            [[count]] = self._connection.execute("SELECT count(*) FROM files WHERE tenant = ?", (tenant,))
+        return int(count)
 
     def job_that_reads(self, file_id: str) -> str | None:
         """The id of a job that has not ended and reads this file."""
-        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN {ENDED}"
+        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status IN {OPEN}"
         with storage_errors():
             row = self._connection.execute(query, (file_id,)).fetchone()
         return None if row is None else row[0]
@@ -199,13 +213,16 @@ class Store:
     def delete_file(self, file_id: str) -> None:
         with storage_errors():
             with self._connection as database:
-                database.execute("DELETE FROM files WHERE id = ?", (file_id,))
+                query = "DELETE FROM files WHERE id = ? RETURNING tenant, bytes"
+                gone = database.execute(query, (file_id,)).fetchall()
+            for tenant, size in gone:
+                self._add(tenant, -size)
             self.path(file_id).unlink(missing_ok=True)
 
     def sweep(self, now: int) -> None:
         """Removes files that expired, but for those that a job still reads, and jobs that ended long ago."""
         query = f"""SELECT id FROM files WHERE expires_at <= ?
-            AND id NOT IN (SELECT input_file_id FROM batches WHERE status NOT IN {ENDED})"""
+            AND id NOT IN (SELECT input_file_id FROM batches WHERE status IN {OPEN})"""
         with storage_errors():
             for [file_id] in self._connection.execute(query, (now,)).fetchall():
                 self.delete_file(file_id)
@@ -213,14 +230,22 @@ class Store:
                 database.execute(
                     f"DELETE FROM batches WHERE created_at < ? AND status IN {ENDED}", (now - KEEP_SECONDS,)
                 )
+            self._by_status = None
 
     # -- jobs
 
     def add_batch(self, batch: Batch) -> None:
-        row = (*dataclasses.astuple(batch)[:-1], json.dumps(batch.body))
+        """Of the tenant's jobs that ended, the oldest are forgotten once there are more than MAX_ENDED; their
+        files stay."""
+        values = [getattr(batch, name) for name in BATCH_COLUMNS.split(", ")[:-1]]
+        row = (*values, json.dumps(batch.body))
+        self._by_status = None
         with storage_errors(), self._connection as database:
             marks = ", ".join("?" * len(row))
             database.execute(f"INSERT INTO batches ({BATCH_COLUMNS}) VALUES ({marks})", row)
+            query = f"""DELETE FROM batches WHERE number IN (SELECT number FROM batches
+                WHERE tenant = ? AND status IN {ENDED} ORDER BY number DESC LIMIT -1 OFFSET ?)"""
+            database.execute(query, (batch.tenant, MAX_ENDED))
 
     def batch(self, batch_id: str, tenant: bytes | None = None) -> Batch | None:
         """tenant: only this one's."""
@@ -234,20 +259,30 @@ class Store:
         rows = self._page("batches", BATCH_COLUMNS, tenant, "tenant = ?", [tenant], limit, after, True)
         return None if rows is None else [_batch(row) for row in rows]
 
-    def open_batches(self, model: str | None = None, tenant: bytes | None = None) -> list[Batch]:
+    def open_batches(self) -> list[Batch]:
         """Those that have not ended, the oldest first."""
-        query = f"""SELECT {BATCH_COLUMNS} FROM batches WHERE status NOT IN {ENDED}
-            AND (? IS NULL OR model = ?) AND (? IS NULL OR tenant = ?) ORDER BY number"""
+        query = f"SELECT {BATCH_COLUMNS} FROM batches WHERE status IN {OPEN} ORDER BY number"
         with storage_errors():
-            return [_batch(row) for row in self._connection.execute(query, (model, model, tenant, tenant))]
+            return [_batch(row) for row in self._connection.execute(query)]
 
-    def count_batches(self) -> dict[str, int]:
+    def count_open(self, tenant: bytes) -> int:
+        query = f"SELECT count(*) FROM batches WHERE tenant = ? AND status IN {OPEN}"
         with storage_errors():
-            return dict(self._connection.execute("SELECT status, count(*) FROM batches GROUP BY status"))
+            [[count]] = self._connection.execute(query, (tenant,))
+        return int(count)
+
+    def count_batches(self) -> Mapping[str, int]:
+        """By state. Looked up once after each change."""
+        if self._by_status is None:
+            with storage_errors():
+                query = "SELECT status, count(*) FROM batches GROUP BY status"
+                self._by_status = dict(self._connection.execute(query))
+        return self._by_status
 
     def change(self, batch_id: str, status: str, *, only_from: Sequence[str], **changes: Any) -> bool:
         """False where the job is in none of the states `only_from`: then nothing is changed. changes: to its
         body."""
+        self._by_status = None
         with storage_errors(), self._connection as database:
             batch = self.batch(batch_id)
             if batch is None or batch.status not in only_from:
@@ -256,20 +291,39 @@ class Store:
             database.execute("UPDATE batches SET status = ?, body = ? WHERE id = ?", (status, body, batch_id))
             return True
 
+    def fail(self, batch_id: str, errors: Sequence[Mapping[str, Any]]) -> None:
+        """The end of a job that cannot go on, whatever it was doing; what it had of results goes."""
+        self._by_status = None
+        with storage_errors(), self._connection as database:
+            batch = self.batch(batch_id)
+            if batch is None or batch.ended:
+                return
+            body = json.dumps(batch.body | {"failed_at": int(time.time()), "errors": list(errors)})
+            query = "UPDATE batches SET status = 'failed', body = ? WHERE id = ?"
+            database.execute(query, (body, batch_id))
+            database.execute("DELETE FROM results WHERE batch = ?", (batch_id,))
+        self._add(batch.tenant, -self._results.pop(batch_id, 0))
+
     def add_results(self, results: Iterable[Result]) -> None:
         """A line's first result counts; of a job that has ended, none does."""
+        sizes: collections.Counter[str] = collections.Counter()
         with storage_errors(), self._connection as database:
             for result in results:
                 added = database.execute(
                     f"""INSERT OR IGNORE INTO results SELECT ?, ?, ?, ? WHERE EXISTS
-                        (SELECT 1 FROM batches WHERE id = ? AND status NOT IN {ENDED})""",
+                        (SELECT 1 FROM batches WHERE id = ? AND status IN {OPEN})""",
                     (result.batch, result.line, result.failed, result.data, result.batch),
                 )
                 column = "failed" if result.failed else "completed"
                 if added.rowcount:
+                    sizes[result.batch] += len(result.data)
                     database.execute(
                         f"UPDATE batches SET {column} = {column} + 1 WHERE id = ?", (result.batch,)
                     )
+            tenants = {name: self._tenant(name) for name in sizes}
+        for name, size in sizes.items():
+            self._results[name] = self._results.get(name, 0) + size
+            self._add(tenants[name], size)
 
     def finished_lines(self, batch_id: str) -> set[int]:
         with storage_errors():
@@ -283,11 +337,15 @@ class Store:
         files: Sequence[tuple[File, Path]],
         changes: Mapping[str, Any],
     ) -> None:
-        """The job's last step, which happens as a whole or not at all: its files appear, its results go."""
+        """The job's last step, which happens as a whole or not at all: its files appear, its results go.
+
+        Bounds do not hold it up: its files are what its results were, and a line for each that has none.
+        """
+        self._by_status = None
         with storage_errors():
             for file, written in files:
                 os.replace(written, self.path(file.id))
-            _sync_folder(self.folder / "files")
+            sync_folder(self.folder / "files")
             with self._connection as database:
                 for file, _ in files:
                     _insert_file(database, batch.tenant, file)
@@ -297,8 +355,10 @@ class Store:
                     "UPDATE batches SET status = ?, body = ?, completed = ?, failed = ? WHERE id = ?",
                     (status, body, batch.completed, batch.failed, batch.id),
                 )
+        size = sum(file.bytes for file, _ in files)
+        self._add(batch.tenant, size - self._results.pop(batch.id, 0))
 
-    def results(self, batch_id: str) -> Iterator[Result]:
+    def results(self, batch_id: str) -> Generator[Result]:
         """In the order of the lines. On a connection of its own: any thread may read while others write."""
         with storage_errors():
             connection = sqlite3.connect(self.folder / "jobs.sqlite", isolation_level=None)
@@ -342,57 +402,27 @@ class Store:
             if path.name not in known:
                 path.unlink()
 
+    def _count(self) -> None:
+        """What is stored; from here on each change is added."""
+        sizes = self._connection.execute("SELECT batch, sum(length(data)) FROM results GROUP BY batch")
+        self._results: dict[str, int] = dict(sizes.fetchall())
+        self.of: dict[bytes, int] = {}
+        self.stored = 0
+        for tenant, size in self._connection.execute("SELECT tenant, sum(bytes) FROM files GROUP BY tenant"):
+            self._add(tenant, size)
+        for name, size in self._results.items():
+            self._add(self._tenant(name), size)
 
-@contextlib.contextmanager
-def storage_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise StorageError(error) from error
+    def _add(self, tenant: bytes, size: int) -> None:
+        self.of[tenant] = self.of.get(tenant, 0) + size
+        self.stored += size
+        if not self.of[tenant]:
+            del self.of[tenant]
 
-
-def flush(file: BinaryIO) -> None:
-    """Brings what was written to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _take_lock(path: Path) -> BinaryIO:
-    lock = open(path, "a+b")  # noqa: SIM115  # held until the store is closed
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read(32).decode("ascii", "replace").strip()
-        lock.close()
-        raise FolderTaken(f"another server uses {path.parent} (process {holder or 'unknown'})") from None
-    except BaseException:
-        lock.close()
-        raise
-    with contextlib.suppress(OSError):  # for people alone
-        lock.truncate(0)
-        lock.write(str(os.getpid()).encode())
-        lock.flush()
-    return lock
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        [[version]] = connection.execute("PRAGMA user_version")
-        if version == 0:
-            with connection:
-                connection.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
-            raise sqlite3.DatabaseError(
-                f"{path} is of version {version}, which this server does not know: give it another --data-dir"
-            )
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    def _tenant(self, batch_id: str) -> bytes:
+        query = "SELECT tenant FROM batches WHERE id = ?"
+        [tenant] = self._connection.execute(query, (batch_id,)).fetchone()
+        return bytes(tenant)
 
 
 def _insert_file(database: sqlite3.Connection, tenant: bytes, file: File) -> None:
@@ -404,12 +434,31 @@ def _insert_file(database: sqlite3.Connection, tenant: bytes, file: File) -> Non
 
 def _batch(row: Sequence[Any]) -> Batch:
     fields = dict(zip(BATCH_COLUMNS.split(", "), row, strict=True))
-    return Batch(**{**fields, "body": json.loads(fields["body"])})
+    body = _readable(fields["body"])
+    return Batch(**{**fields, "body": LOST_BODY if body is None else body}, lost=body is None)
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+LOST_BODY: dict[str, Any] = {
+    "endpoint": "",
+    "completion_window": "",
+    "expires_at": 0,
+    "errors": [
+        {
+            "code": "batch_lost",
+            "message": "the server's record of the batch is broken",
+            "param": None,
+            "line": None,
+        }
+    ],
+}
+
+
+def _readable(text: Any) -> dict[str, Any] | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        body = json.loads(text)
+    except (TypeError, ValueError):
+        return None
+    kinds = {"endpoint": str, "completion_window": str, "expires_at": int}
+    if not isinstance(body, dict) or not all(isinstance(body.get(name), kinds[name]) for name in kinds):
+        return None
+    return body

@@ -55,8 +55,9 @@ export class Talk {
     const asked = chat ? this.block("user", "You") : null;
     asked?.append(make("div", { class: "text", text }));
     const replies = new Replies(this, chat, text);
+    const messages = this.#messages;
     if (chat) {
-      this.#messages.push({ role: "user", content: text });
+      messages.push({ role: "user", content: text });
       $("prompt").value = "";
     }
     this.#running = new AbortController();
@@ -69,7 +70,8 @@ export class Talk {
       else this.#failed(error, replies);
     }
     replies.end();
-    if (chat && !this.#remember(text, replies)) asked.remove();
+    const cleared = messages !== this.#messages; // while the reply came
+    if (chat && !cleared && !this.#remember(text, replies)) asked.remove();
     this.#running = null;
     this.#busy(false);
   }

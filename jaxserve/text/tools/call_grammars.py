@@ -32,12 +32,15 @@ class Function:
 
 class Grammars:
     """format: of the model. tokens: ids of the markers that are tokens, special or not. opened: the reply
-    begins within its reasoning."""
+    begins within its reasoning. closed: it begins after it, or has none."""
 
-    def __init__(self, format: Format, tokens: Mapping[str, int], *, opened: bool) -> None:
+    def __init__(
+        self, format: Format, tokens: Mapping[str, int], *, opened: bool, closed: bool = False
+    ) -> None:
         self._format = format
         self._tokens = tokens
         self._opened = opened
+        self._closed = closed
 
     def calls(self, functions: Sequence[Function], *, parallel: bool) -> str:
         """Nothing but calls, one at least; `parallel`: perhaps several."""
@@ -80,7 +83,7 @@ class Grammars:
     # --- reasoning ---
 
     def _after_reasoning(self, rules: list[str]) -> str:
-        if self._format.reasoning is None:
+        if self._format.reasoning is None or self._closed:
             return "\n".join(["start: start_answer", *rules])
         if think.CLOSE in self._tokens:
             thought = [f"thought: {TEXT} {self._marker(think.CLOSE)} GAP"]

@@ -23,6 +23,11 @@ def opens(prompt: str) -> bool:
     return prompt.rstrip(SPACE).endswith(OPEN)
 
 
+def closes(prompt: str) -> bool:
+    """Whether this prompt's end closes the reasoning, or leaves it empty: the reply begins after it."""
+    return prompt.rstrip(SPACE).endswith(CLOSE)
+
+
 class Think:
     """White space around the markers belongs to them. `answer` reads what comes after the reasoning."""
 

@@ -122,6 +122,9 @@ def test_strict_tools_that_need_not_be_called(family: Any, kind: str) -> None:
     made = grammars(kind, Format(family))
     one, other, wrong = WRITTEN[family]
     several, single = made.free(TOOLS, parallel=True), made.free(TOOLS, parallel=False)
+    loose = [TOOLS[1], Function("f", SCHEMA)]  # whose schema nothing holds unless it must be called
+    assert allows(kind, made.free(loose, parallel=False), wrong)
+    assert not allows(kind, made.calls(loose, parallel=False), wrong)
     for lark in (several, single):
         assert allows(kind, lark, "")
         assert allows(kind, lark, "Hello { there")
@@ -133,6 +136,18 @@ def test_strict_tools_that_need_not_be_called(family: Any, kind: str) -> None:
         assert not allows(kind, several, f"Hello {wrong}")
         assert allows(kind, single, f"Hello {one}")
         assert not allows(kind, single, one + other)
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_no_reasoning_where_it_is_over(kind: str) -> None:
+    ids = {marker: VOCABULARIES[kind].token_to_id(marker) for marker in MARKERS}
+    tokens = {marker: id for marker, id in ids.items() if id is not None}
+    one = WRITTEN["hermes"][0]
+    for closed in (False, True):
+        made = Grammars(Format("hermes", "think"), tokens, opened=False, closed=closed)
+        lark = made.calls(TOOLS, parallel=True)
+        assert allows(kind, lark, one)
+        assert allows(kind, lark, f"<think>Hm</think>{one}") == (not closed)
 
 
 @pytest.mark.parametrize(("family", "kind"), [one for one in FAMILIES if one[0] != "llama3"])

@@ -20,7 +20,7 @@ from jaxserve.server.api.job import prepared
 from jaxserve.server.api.messages.reply import MessageJob
 from jaxserve.server.api.messages.request import NAMES, CountRequest, MessagesRequest, without_nulls
 from jaxserve.server.api.turn import Turn
-from jaxserve.server.api.turn_prompt import Prompt
+from jaxserve.server.api.turn_prompt import MOST_COUNTED, Prompt
 from jaxserve.server.body import read_body, validate
 from jaxserve.server.context import context_of
 from jaxserve.server.errors import bad_request, from_request_error, json_response
@@ -80,10 +80,13 @@ def counted(
 ) -> int:
     """Tokens of the prompt that `prepare` would make of this."""
     fields = _fields(CountRequest, body, check_model)
+    names: Mapping[str, str] = NAMES
     try:
-        return len(Prompt(fields.asked(), engine.tokenizer, caller).ids)
+        asked = fields.asked()
+        names = asked.names
+        return len(Prompt(asked, engine.tokenizer, caller, context=MOST_COUNTED).ids)
     except RequestError as error:
-        raise from_request_error(error, NAMES) from None
+        raise from_request_error(error, names) from None
 
 
 def _fields[M: CountRequest](

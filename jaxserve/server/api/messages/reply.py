@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import orjson
-
 from jaxserve.engine.outputs import Output
 from jaxserve.server.api import results
+from jaxserve.server.api.conversation import as_object
 from jaxserve.server.api.messages.request import MessagesRequest
-from jaxserve.server.api.turn import CallArguments, CallBegin, End, Event, Reasoning, Text, Turn, TurnChoice
+from jaxserve.server.api.turn import CallArguments, CallBegin, End, Event, Reasoning, Text, Turn
 from jaxserve.server.errors import ApiError, anthropic_error_body, engine_failed
 
 Chunk = dict[str, Any]
@@ -41,7 +40,7 @@ class MessageJob:
         [choice] = answer.choices
         read = self.turn.read(0, choice)
         reason, sequence = _stop(read.finish_reason, read.stop_reason)
-        return self._message(_content(read), reason, sequence, self._usage())
+        return self._message(_content(read.events), reason, sequence, self._usage())
 
     # --- as events ---
 
@@ -144,24 +143,26 @@ def _stop(finish_reason: str, stop_reason: str | int | None) -> tuple[str, str |
     return STOP_REASONS[finish_reason], None
 
 
-def _content(choice: TurnChoice) -> list[Chunk]:
+def _content(events: Iterable[Event]) -> list[Chunk]:
+    """The blocks that `_translated` would stream."""
     content: list[Chunk] = []
-    if choice.reasoning:
-        content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
-    if choice.text:
-        content.append({"type": "text", "text": choice.text})
-    for call in choice.calls:
-        content.append(
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
-        )
+    arguments: dict[int, str] = {}  # by the block of the call
+    for event in events:
+        kind = content[-1]["type"] if content else None
+        match event:
+            case Reasoning():
+                if kind != "thinking":
+                    content.append({"type": "thinking", "thinking": "", "signature": ""})
+                content[-1]["thinking"] += event.text
+            case Text(text=text) if text:
+                if kind != "text":
+                    content.append({"type": "text", "text": ""})
+                content[-1]["text"] += text
+            case CallBegin():
+                arguments[len(content)] = ""
+                content.append({"type": "tool_use", "id": event.id, "name": event.name, "input": {}})
+            case CallArguments():
+                arguments[len(content) - 1] += event.delta
+    for place, text in arguments.items():
+        content[place]["input"] = as_object(text)
     return content
-
-
-def _input(arguments: str) -> dict[str, Any]:
-    """The object that `arguments` spell; where the model was cut short or erred, Anthropic's word for that
-    ("Fine-grained tool streaming", handling invalid JSON)."""
-    try:
-        read = orjson.loads(arguments) if arguments.strip() else {}
-    except orjson.JSONDecodeError:
-        read = None
-    return read if isinstance(read, dict) else {"INVALID_JSON": arguments}

@@ -18,9 +18,7 @@ from jaxserve.server.api.conversation import MAX_MESSAGES, MAX_NAME, MAX_PARTS, 
 from jaxserve.server.api.fields import MAX_USER, SamplingFields
 from jaxserve.server.api.structured import NAME
 from jaxserve.server.api.turn_prompt import TurnRequest
-from jaxserve.server.body import AtMost
-
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+from jaxserve.server.body import AtMost, Strict
 
 
 def without_nulls(value: Any) -> Any:
@@ -30,35 +28,27 @@ def without_nulls(value: Any) -> Any:
 # --- content -------------------------------------------------------------------------------------------
 
 
-class CacheControl(pydantic.BaseModel):
-    model_config = _STRICT
-
+class CacheControl(Strict):
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
 
 
-class TextBlock(pydantic.BaseModel):
-    model_config = _STRICT
-
+class TextBlock(Strict):
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
     citations: Annotated[list[Any], AtMost(0)] | None = None
 
 
-class ThinkingBlock(pydantic.BaseModel):
+class ThinkingBlock(Strict):
     """`signature` is not looked at: what the model thought goes back to it as it comes."""
-
-    model_config = _STRICT
 
     type: Literal["thinking"]
     thinking: str
     signature: str = ""
 
 
-class ToolUseBlock(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ToolUseBlock(Strict):
     type: Literal["tool_use"]
     id: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
     name: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
@@ -95,12 +85,10 @@ Texts = Annotated[
 ]
 
 
-class ToolResultBlock(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
-    content: Texts = []
+    content: Texts = pydantic.Field([])
     is_error: bool = False
     cache_control: CacheControl | None = None
 
@@ -118,9 +106,7 @@ def _as_block(value: Any) -> Any:
     return _block_of(value, ANY_BLOCK)
 
 
-class InputMessage(pydantic.BaseModel):
-    model_config = _STRICT
-
+class InputMessage(Strict):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         list[Annotated[AnyBlock, pydantic.BeforeValidator(_as_block)]],
@@ -143,10 +129,8 @@ class InputMessage(pydantic.BaseModel):
 # --- tools, options ------------------------------------------------------------------------------------
 
 
-class ClientTool(pydantic.BaseModel):
+class ClientTool(Strict):
     """strict: the arguments are held to the schema also where the model chooses whether to call."""
-
-    model_config = _STRICT
 
     type: Literal["custom"] = "custom"
     name: Annotated[str, pydantic.Field(pattern=NAME)]
@@ -176,9 +160,7 @@ def _as_tool(value: Any) -> Any:
     return without_nulls(value)
 
 
-class ToolUseChoice(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ToolUseChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: Annotated[str, pydantic.Field(pattern=NAME)] | None = None
     disable_parallel_tool_use: bool = False
@@ -190,42 +172,42 @@ class ToolUseChoice(pydantic.BaseModel):
         return self
 
 
-class Thinking(pydantic.BaseModel):
-    """No budget: a model of this server cannot be told how long to think."""
+def _as_thinking(value: Any) -> Any:
+    if isinstance(value, dict) and (value.get("type") == "enabled" or value.get("budget_tokens") is not None):
+        raise PydanticCustomError(
+            "unsupported",
+            "budgets of thinking (type: enabled, budget_tokens) are not supported: the types adaptive and"
+            " disabled are, and output_config.effort where the model's chat template reads it",
+        )
+    return without_nulls(value)
 
-    model_config = _STRICT
+
+class Thinking(Strict):
+    """No budget: a model of this server cannot be told how long to think."""
 
     type: Literal["adaptive", "disabled"]
     display: Literal["summarized"] | None = None
 
 
-class JsonFormat(pydantic.BaseModel):
-    model_config = _STRICT
-
+class JsonFormat(Strict):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], pydantic.Field(alias="schema")]
 
 
-class OutputConfig(pydantic.BaseModel):
-    model_config = _STRICT
-
+class OutputConfig(Strict):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
 
 
-class Metadata(pydantic.BaseModel):
-    model_config = _STRICT
-
+class Metadata(Strict):
     user_id: Annotated[str, pydantic.Field(max_length=MAX_USER)] | None = None
 
 
 # --- the request ---------------------------------------------------------------------------------------
 
 
-class CountRequest(pydantic.BaseModel):
+class CountRequest(Strict):
     """What a prompt is made of."""
-
-    model_config = _STRICT
 
     model: str
     messages: Annotated[list[InputMessage], pydantic.Field(min_length=1), AtMost(MAX_MESSAGES)]
@@ -234,7 +216,7 @@ class CountRequest(pydantic.BaseModel):
         pydantic.Field([])
     )
     tool_choice: Annotated[ToolUseChoice, pydantic.BeforeValidator(without_nulls)] | None = None
-    thinking: Annotated[Thinking, pydantic.BeforeValidator(without_nulls)] | None = None
+    thinking: Annotated[Thinking, pydantic.BeforeValidator(_as_thinking)] | None = None
     output_config: Annotated[OutputConfig, pydantic.BeforeValidator(without_nulls)] | None = None
     cache_control: CacheControl | None = None
     speed: Literal["standard"] | None = None
@@ -275,7 +257,7 @@ class CountRequest(pydantic.BaseModel):
 class MessagesRequest(CountRequest):
     """Anthropic's fields, and this server's own for a request's place in the queue and in the caches."""
 
-    max_tokens: int
+    max_tokens: Annotated[int, pydantic.Field(ge=1)]
     stop_sequences: Annotated[list[str], AtMost(MAX_STOP_STRINGS)] = pydantic.Field([])
     stream: bool = False
     temperature: float | None = None

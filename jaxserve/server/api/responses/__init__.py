@@ -64,7 +64,7 @@ def prepare(
             raise bad_request(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
     fields = validate(ResponseRequest, take_known(body, ResponseRequest))
     check_model(fields.model)
-    if fields.top_logprobs is not None and LOGPROBS not in fields.include:
+    if fields.top_logprobs and LOGPROBS not in fields.include:
         raise bad_request(f"top_logprobs is only allowed with include: [{LOGPROBS!r}]", param="top_logprobs")
     if fields.stream_options is not None and not fields.stream:
         raise bad_request("stream_options is only allowed with stream: true", param="stream_options")

@@ -21,7 +21,6 @@ from jaxserve.server.api.turn import (
     Reasoning,
     Text,
     Turn,
-    TurnChoice,
 )
 from jaxserve.server.errors import ApiError
 
@@ -60,7 +59,7 @@ class ResponseJob:
         [answer] = answers
         [choice] = answer.choices
         read = self.turn.read(0, choice)
-        for _ in self._translated(_events(read), read.token_ids):
+        for _ in self._translated(read.events, read.token_ids):
             pass
         return self._response(self._status)
 
@@ -263,15 +262,3 @@ class ResponseJob:
         tokenizer = self.turn.tokenizer
         spelled = [] if tokenizer is None else list(tokenizer.token_bytes(token))
         return {"token": token_text(tokenizer, token), "bytes": spelled, "logprob": results.finite(logprob)}
-
-
-def _events(choice: TurnChoice) -> Iterator[Event]:
-    """A whole choice as the events that it might have come in."""
-    if choice.reasoning:
-        yield Reasoning(0, choice.reasoning)
-    if choice.text or choice.logprobs:
-        yield Text(0, choice.text or "", choice.logprobs)
-    for number, call in enumerate(choice.calls):
-        yield CallBegin(0, number, call.id, call.name)
-        yield CallArguments(0, number, call.arguments)
-    yield End(0, choice.finish_reason, choice.stop_reason)  # type: ignore[arg-type]  # what `read` took from one

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import orjson
 import pydantic
 from pydantic_core import PydanticCustomError
 
@@ -18,11 +17,9 @@ from jaxserve.server.api.conversation import MAX_MESSAGES, MAX_NAME, MAX_PARTS, 
 from jaxserve.server.api.fields import PlaceFields, SamplingFields
 from jaxserve.server.api.structured import NAME
 from jaxserve.server.api.turn_prompt import TurnRequest
-from jaxserve.server.body import AtMost
+from jaxserve.server.body import AtMost, Strict
 
 LOGPROBS = "message.output_text.logprobs"  # of `include`
-
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
 # --- items ---------------------------------------------------------------------------------------------
@@ -44,10 +41,8 @@ def _refused(value: Any) -> Any:
 Refused = Annotated[None, pydantic.BeforeValidator(_refused)]  # known, and nothing that is done here
 
 
-class Part(pydantic.BaseModel):
+class Part(Strict):
     """A piece of text. `annotations` and `logprobs` are what a reply's part came with."""
-
-    model_config = _STRICT
 
     type: str
     text: str | None = None
@@ -88,9 +83,7 @@ ItemId = Annotated[str, pydantic.Field(max_length=MAX_NAME)] | None
 Status = Literal["in_progress", "completed", "incomplete"] | None
 
 
-class MessageItem(pydantic.BaseModel):
-    model_config = _STRICT
-
+class MessageItem(Strict):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
@@ -99,9 +92,7 @@ class MessageItem(pydantic.BaseModel):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCallItem(pydantic.BaseModel):
-    model_config = _STRICT
-
+class FunctionCallItem(Strict):
     type: Literal["function_call"]
     call_id: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
     name: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
@@ -109,22 +100,8 @@ class FunctionCallItem(pydantic.BaseModel):
     id: ItemId = None
     status: Status = None
 
-    @pydantic.field_validator("arguments")
-    @classmethod
-    def _object(cls, text: str) -> str:
-        """Chat templates are given an object."""
-        try:
-            read = orjson.loads(text) if text.strip() else {}
-        except orjson.JSONDecodeError:
-            read = None
-        if not isinstance(read, dict):
-            raise PydanticCustomError("arguments", "must be the text of a JSON object")
-        return text
 
-
-class FunctionCallOutputItem(pydantic.BaseModel):
-    model_config = _STRICT
-
+class FunctionCallOutputItem(Strict):
     type: Literal["function_call_output"]
     call_id: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
     output: Parts
@@ -133,11 +110,9 @@ class FunctionCallOutputItem(pydantic.BaseModel):
     status: Status = None
 
 
-class ReasoningItem(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ReasoningItem(Strict):
     type: Literal["reasoning"]
-    summary: Parts = []
+    summary: Parts = pydantic.Field([])
     content: Parts | None = None
     encrypted_content: Refused = None
     id: ItemId = None
@@ -179,10 +154,8 @@ def _as_items(value: Any) -> Any:
 # --- tools, formats, options ---------------------------------------------------------------------------
 
 
-class FunctionTool(pydantic.BaseModel):
+class FunctionTool(Strict):
     """strict: the arguments are held to the schema also where the model chooses whether to call."""
-
-    model_config = _STRICT
 
     type: Literal["function"]
     name: Annotated[str, pydantic.Field(pattern=NAME)]
@@ -211,16 +184,12 @@ def _as_tool(value: Any) -> Any:
     return _without_nulls(value)
 
 
-class NamedFunctionTool(pydantic.BaseModel):
-    model_config = _STRICT
-
+class NamedFunctionTool(Strict):
     type: Literal["function"]
     name: Annotated[str, pydantic.Field(pattern=NAME)]
 
 
-class AllowedFunctionTools(pydantic.BaseModel):
-    model_config = _STRICT
-
+class AllowedFunctionTools(Strict):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunctionTool], pydantic.Field(min_length=1), AtMost(MAX_TOOLS)]
@@ -238,10 +207,8 @@ def _as_choice(value: Any) -> Any:
     raise PydanticCustomError("choice", "must be 'auto', 'none', 'required' or an object that names tools")
 
 
-class TextFormat(pydantic.BaseModel):
+class TextFormat(Strict):
     """`strict` changes nothing: a schema is always kept to."""
-
-    model_config = _STRICT
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, pydantic.Field(pattern=NAME)] | None = None
@@ -258,24 +225,18 @@ class TextFormat(pydantic.BaseModel):
         return self
 
 
-class TextOptions(pydantic.BaseModel):
-    model_config = _STRICT
-
+class TextOptions(Strict):
     format: Annotated[TextFormat, pydantic.BeforeValidator(_without_nulls)] | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningOptions(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ReasoningOptions(Strict):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Refused = None
     generate_summary: Refused = None
 
 
-class ResponseStreamOptions(pydantic.BaseModel):
-    model_config = _STRICT
-
+class ResponseStreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -292,7 +253,7 @@ class ResponseRequest(PlaceFields):
         AtMost(MAX_MESSAGES),
     ]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     include: Annotated[list[Literal["message.output_text.logprobs"]], AtMost(8)] = pydantic.Field([])
