@@ -59,7 +59,7 @@ def check_length(tokenizer: TokenizerLike, text: str, context: int, *, param: st
         raise RequestError(f"{param} cannot be tokenized: {error}", param=param) from error
     if tokens > context + context // 8:  # a cut in the middle of a word is worth a few tokens
         raise RequestError(
-            f"{param}: the first {head} of its {len(text)} characters have {tokens} tokens already; the context"
+            f"{param}: the first {head} of its {len(text)} characters have {tokens} tokens; the context"
             f" is {context} tokens",
             param=param,
             code="context_length_exceeded",

@@ -84,7 +84,7 @@ def test_says_what_it_needs(wheel: Path) -> None:
     assert "jax<0.13,>=0.11.2" in needs
     assert "jax[cuda13]; extra == 'cuda'" in needs
     assert "jax[tpu]; extra == 'tpu'" in needs
-    assert {"cuda", "tpu", "ray", "test", "bench"} == set(metadata.get_all("Provides-Extra") or [])
+    assert {"cuda", "tpu", "ray", "otel", "test", "bench"} == set(metadata.get_all("Provides-Extra") or [])
 
 
 def test_imports_from_another_folder(installed: Path, tmp_path: Path) -> None:

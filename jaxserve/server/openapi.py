@@ -179,7 +179,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "What is in a file", BATCH, other=("application/octet-stream",), statuses=(404, 507)
     ),
     ("POST", "/v1/batches"): Operation(
-        "Begins a batch", BATCH, takes=BatchRequest, gives=replies.BatchObject, statuses=(*WITH_BODY, 429, 507)
+        "Begins a batch",
+        BATCH,
+        takes=BatchRequest,
+        gives=replies.BatchObject,
+        statuses=(*WITH_BODY, 429, 507),
     ),
     ("GET", "/v1/batches"): Operation(
         "This key's batches", BATCH, query=BatchesQuery, gives=replies.Batches, statuses=(507,)

@@ -325,10 +325,12 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        loop = asyncio.get_running_loop()
         handlers = {
             signal.SIGINT: self.handle_exit,
             signal.SIGTERM: self.handle_exit,
-            signal.SIGHUP: self._reload,
+            # on the loop: what it interrupts may hold the log's lock, which it would wait for without end
+            signal.SIGHUP: lambda sig, frame: loop.call_soon_threadsafe(self._reload),
         }
         before = {name: signal.signal(name, handler) for name, handler in handlers.items()}
         try:
@@ -345,7 +347,7 @@ class Server(uvicorn.Server):
             exit_now(128 + sig)
         self.should_exit = True
 
-    def _reload(self, sig: int, frame: FrameType | None) -> None:
+    def _reload(self) -> None:
         if not isinstance(self._keys, Keys):
             return
         try:

@@ -87,6 +87,8 @@ def test_a_job_from_upload_to_output(serve: Serve) -> None:
         assert body["service_tier"] == "flex"
     assert len({entry["id"] for entry in output}) == 40
     file = served.openai.files.retrieve(done.output_file_id or "")
+    assert file.expires_at is not None and done.completed_at is not None
+    assert abs(file.expires_at - done.completed_at - 30 * 86400) <= 1
     assert (file.purpose, file.bytes) == ("batch_output", len(served.openai.files.content(file.id).content))
     assert {request.tier for request in served.engine.requests} == {Tier.BATCH}
     seeds = {request.params.seed for request in served.engine.requests}
@@ -140,6 +142,11 @@ def test_two_runs_have_the_same_bytes(kind: str, tmp_path: Path, serve: Serve) -
         other.completion(prompt="b", max_tokens=9)
     again = ended(other, batch)
     assert done.output_file_id == again.output_file_id
+    seeds = [
+        sorted(asked.params.seed or 0 for asked in served.engine.requests if asked.tier is Tier.BATCH)
+        for served in (one, other)
+    ]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 30
     for name in ("output_file_id", "error_file_id"):
         left = one.openai.files.content(getattr(done, name)).content
         right = other.openai.files.content(getattr(again, name)).content

@@ -193,3 +193,11 @@ def test_a_name_that_the_template_does_not_read_is_refused(serve: Serve, conditi
     }
     unnamed = [{**message, "name": None} for message in NAMED]
     assert served.chat(messages=unnamed, max_tokens=1).status_code == 200
+
+
+def test_no_logprobs_and_no_alternatives(served: Served) -> None:
+    """Clients that send every field send these."""
+    reply = served.chat(logprobs=False, top_logprobs=0, max_tokens=2)
+    assert reply.json()["choices"][0]["logprobs"] is None
+    body = {"model": MODEL, "input": "a", "max_output_tokens": 2, "top_logprobs": 0}
+    assert served.http.post("/v1/responses", json=body).status_code == 200

@@ -3,13 +3,20 @@ quickly, with the field's name where there is one, and the server is as before."
 
 from __future__ import annotations
 
+import gzip
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
+import pydantic
 import pytest
 
+from jaxserve.server.api import chat, completions, messages, responses
+from jaxserve.server.api.fields import Caller
+from jaxserve.server.api.job import Prepare
+from jaxserve.server.body import parse_object
+from jaxserve.server.errors import ApiError
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Served
 
@@ -107,6 +114,76 @@ def test_a_hundred_thousand_fields(served: Served, path: str) -> None:
     assert "at most 256 are taken" in refused(served, path, orjson.dumps({**BODIES[path], **many}))
     few = {f"field{number}": number for number in range(200)}
     assert "unknown field: 'field0'" in refused(served, path, orjson.dumps({**BODIES[path], **few}))
+
+
+@PATHS
+@pytest.mark.parametrize("bracket", ["[]", "{}"])
+def test_nesting(served: Served, path: str, bracket: str) -> None:
+    """What is read here may have to be written again, and that goes less deep."""
+    opening = "[" if bracket == "[]" else '{"a":'
+    for levels in (199, 200, 255, 1000):  # beside the body's own
+        value = opening * (levels - 1) + bracket + bracket[1] * (levels - 1)
+        body = orjson.dumps(BODIES[path])[:-1] + b',"new":' + value.encode() + b"}"
+        message = refused(served, path, body)
+        assert ("nests more than 200 levels" in message) == (levels > 199)
+    body = orjson.dumps({**BODIES[path], "new": "[" * 1000})  # a text
+    assert "unknown field" in refused(served, path, body)
+
+
+WRONG_MEMBERS = {f"{number}": "x" for number in range(100_000)}
+MANY_PARTS = [{"role": "user", "content": [0] * 1024}] * 90
+COSTLY: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"logit_bias": WRONG_MEMBERS}),
+    ("/v1/chat/completions", {"stream_options": WRONG_MEMBERS}),
+    ("/v1/chat/completions", {"messages": [WRONG_MEMBERS]}),
+    ("/v1/chat/completions", {"messages": MANY_PARTS}),
+    ("/v1/chat/completions", {"documents": [{"a": 5} | WRONG_MEMBERS]}),
+    ("/v1/chat/completions", {"tools": [{"type": "function", "function": WRONG_MEMBERS}]}),
+    ("/v1/chat/completions", {"tools": [{"type": 1}] * 100_000}),
+    ("/v1/chat/completions", {"tool_choice": WRONG_MEMBERS}),
+    ("/v1/chat/completions", {"response_format": WRONG_MEMBERS}),
+    ("/v1/completions", {"allowed_token_ids": ["x"] * 100_000}),
+    ("/v1/responses", {"input": MANY_PARTS}),
+    ("/v1/responses", {"input": [WRONG_MEMBERS]}),
+    ("/v1/responses", {"reasoning": WRONG_MEMBERS}),
+    ("/v1/messages", {"messages": MANY_PARTS}),
+    ("/v1/messages", {"thinking": WRONG_MEMBERS}),
+    ("/v1/messages", {"tools": [{"name": 1}] * 100_000}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), COSTLY, ids=lambda value: str(value)[:40])
+def test_one_error_is_enough(path: str, fields: dict[str, Any]) -> None:
+    """pydantic holds the interpreter, and with it every stream, while it collects a body's errors."""
+    prepare: Prepare[Any] = {
+        "/v1/chat/completions": chat.prepare,
+        "/v1/completions": completions.prepare,
+        "/v1/responses": responses.prepare,
+        "/v1/messages": messages.prepare,
+    }[path]
+    text = {"prompt": "a"} if path == "/v1/completions" else {"messages": [USER]}
+    sent = {**BODIES.get(path, {"model": MODEL, **text}), **fields}
+    with pytest.raises(ApiError) as caught:
+        prepare(parse_object(orjson.dumps(sent)), FakeEngine(), lambda name: None, Caller())
+    assert caught.value.status == 400
+    collected = caught.value.__context__
+    assert isinstance(collected, pydantic.ValidationError)
+    assert collected.error_count() < 10
+
+
+@PATHS
+def test_a_compressed_body(served: Served, path: str) -> None:
+    body = orjson.dumps(BODIES[path])
+    for coding in ("gzip", "identity, br", "x" * 10_000):
+        packed = gzip.compress(body)
+        reply = served.http.post(path, content=packed, headers={"Content-Encoding": coding})
+        assert reply.status_code == 415
+        assert "send the body as it is" in reply.json()["error"]["message"]
+        assert len(reply.content) < 2000
+        assert reply.headers["accept-encoding"] == "identity"
+    assert served.http.post(path, content=body, headers={"Content-Encoding": "identity"}).status_code == 200
+    document = served.http.get("/openapi.json").json()
+    assert "415" in document["paths"][path]["post"]["responses"]
 
 
 @PATHS

@@ -72,6 +72,14 @@ def test_a_text(claude: anthropic.Anthropic) -> None:
     assert usage.service_tier == "standard"
 
 
+def test_the_model_of_either_client(served: Served, claude: anthropic.Anthropic) -> None:
+    [model] = claude.models.list()
+    assert model == claude.models.retrieve(MODEL)
+    assert (model.id, model.type, model.display_name) == (MODEL, "model", MODEL)
+    [same] = served.openai.models.list()
+    assert int(model.created_at.timestamp()) == same.created
+
+
 def test_max_tokens_and_stop_sequences(claude: anthropic.Anthropic) -> None:
     cut = claude.messages.create(model=MODEL, max_tokens=3, messages=[{"role": "user", "content": "a"}])
     assert cut.stop_reason == "max_tokens"
@@ -208,8 +216,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": [USER] * 5000}, "at most 4096"),
     ({"max_tokens": None}, "max_tokens is required"),
-    ({"max_tokens": 0}, "max_tokens=0"),
-    ({"max_tokens": -1}, "must lie in"),
+    ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+    ({"max_tokens": -1}, "max_tokens: Input should be greater than or equal to 1"),
     ({"max_tokens": 1000}, "max_tokens=1000"),
     ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer"),
     ({"system": 5}, "system: Input should be a valid list"),

@@ -216,11 +216,6 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ),
     ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "not supported"),
     ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0]", "not supported"),
-    (
-        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "[1]"}]},
-        "input[0].arguments",
-        "JSON object",
-    ),
     ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id", "required"),
     (
         {"input": [{"type": "reasoning", "encrypted_content": "x"}]},

@@ -8,6 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
+from jaxserve.server.api.responses.reply import ResponseJob
 from tests.server import templates
 from tests.server.harness import MODEL, Serve, Served
 from tests.server.templates import engine, prompt
@@ -172,6 +173,32 @@ def test_tool_choice_of_responses(served: Served, choice: Any, wanted: str | Non
         assert structured is not None
         assert wanted in str(structured.grammar)
         assert ("time" in str(structured.grammar)) == (choice == "required")
+
+
+def test_an_error_that_cannot_be_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Any:
+        raise TypeError("not to be told")
+
+    monkeypatch.setattr(ResponseJob, "chunks", fails)
+    monkeypatch.setattr(ResponseJob, "failed", fails)
+    reply = served.http.post("/v1/responses", json={"model": MODEL, "input": "a", "stream": True})
+    assert reply.status_code == 200
+    assert json.loads(reply.text.splitlines()[-2].removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert "not to be told" not in reply.text
+
+
+def test_deep_tools_are_repeated(served: Served) -> None:
+    schema: Any = {}
+    for _ in range(180):
+        schema = {"not": schema}
+    tool = {**FUNCTION, "parameters": schema}
+    for stream in (False, True):
+        reply = served.http.post(
+            "/v1/responses", json={"model": MODEL, "input": "a", "tools": [tool], "stream": stream}
+        )
+        assert reply.status_code == 200
+        assert "response.failed" not in reply.text
+        assert reply.text.count('"not"') >= 180
 
 
 def test_effort_turns_thinking_off(served: Served) -> None:

@@ -250,7 +250,9 @@ def test_what_a_model_got_wrong_can_be_sent_back(serve: Serve, arguments: str) -
         assert "sunny" in prompt(served)
 
 
-@pytest.mark.parametrize("source", [templates.HERMES, templates.THINKING, templates.MISTRAL, templates.LLAMA3])
+@pytest.mark.parametrize(
+    "source", [templates.HERMES, templates.THINKING, templates.MISTRAL, templates.LLAMA3]
+)
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_must_be_and_is_cut_is_no_text(

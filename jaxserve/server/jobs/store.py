@@ -402,6 +402,9 @@ class Store:
             if path.name not in known:
                 path.unlink()
 
+        with self._connection as database:  # as only a hand that was in the database leaves them
+            database.execute("DELETE FROM results WHERE batch NOT IN (SELECT id FROM batches)")
+
     def _count(self) -> None:
         """What is stored; from here on each change is added."""
         sizes = self._connection.execute("SELECT batch, sum(length(data)) FROM results GROUP BY batch")
