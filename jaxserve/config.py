@@ -161,7 +161,7 @@ class ServerOptions:
     data_dir: where uploaded files and batch jobs lie, made when first used; None takes
         $XDG_STATE_HOME/jaxserve, or ~/.local/state/jaxserve. One server at a time uses it.
     max_file_size: of an uploaded file, in MB.
-    max_storage: of files and of batch jobs' results together, in MB; with api_key_file one key has half of it.
+    max_storage: of files and of jobs' results together, in MB; with api_key_file one key has half of it.
     tool_parser: the form that the model writes calls of tools in; auto tells by its chat template.
     reasoning_parser: likewise its reasoning; think is `<think>...</think>`.
     """
