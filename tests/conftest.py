@@ -6,6 +6,7 @@ wins where that makes sense (`JAX_PLATFORMS=cuda make test`).
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -43,3 +44,10 @@ def settings(environ: dict[str, str]) -> dict[str, str]:
 
 
 os.environ.update(settings(dict(os.environ)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays. A full collection over it took seconds on a busy machine, and a request
+    that it happened to fall into was late."""
+    gc.collect()
+    gc.freeze()

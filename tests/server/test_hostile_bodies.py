@@ -38,7 +38,7 @@ MAIN = {  # the field that holds the text
     "/detokenize": "tokens",
 }
 PATHS = pytest.mark.parametrize("path", BODIES)
-SECONDS = 1.0  # the work is of milliseconds; the machine may be busy
+SECONDS = 1.0  # the work is of milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,13 @@ def served() -> Iterator[Served]:
 
 
 def refused(served: Served, path: str, body: bytes, status: int = 400) -> str:
-    """The refusal's message."""
-    started = time.monotonic()
-    reply = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
-    assert time.monotonic() - started < SECONDS
+    """The refusal's message. The machine may be busy with something else, but not three times."""
+    for attempt in range(3):
+        started = time.monotonic()
+        reply = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        if time.monotonic() - started < SECONDS:
+            break
+        assert attempt < 2, f"refused after {time.monotonic() - started:.1f} s"
     assert reply.status_code == status, reply.text[:500]
     assert len(reply.content) < 2000
     return str(reply.json()["error"]["message"])
