@@ -26,8 +26,8 @@ from checkpoints import orbax_io
 from checkpoints.files import CheckpointError
 from checkpoints.orbax_io import Leaf, open_orbax, restore
 
-# Orbax reads in an event loop of its own; where one array cannot be read it closes the loop while the reads of
-# the others may still report to it.
+# Orbax reads in an event loop of its own; where one array cannot be read it closes the loop while the others'
+# reads may still report to it.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s)Exception ignored in.*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
 )
