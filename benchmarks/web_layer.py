@@ -4,8 +4,10 @@
 
 One process holds the engine (a random Llama of SmolLM-135M's shape) and the server over it; the clients are
 one process more, with plain sockets, on a core of its own. `engine`: tokens per second of `--requests`
-prompts by `LLM.generate`, and by as many streams, `--clients` at a time, alternating; who begins changes from
-round to round. `web`: an engine that computes nothing stands behind the server, and requests of one token
+prompts, `--clients` at a time, by streams and by as many threads that call `LLM.generate`, alternating; who
+begins changes from round to round. Beside them `LLM at once`: one call that has all the prompts, so that a
+slot that is left has its next prompt in the same step, as it cannot be where somebody has to hear first that
+the last one ended. `web`: an engine that computes nothing stands behind the server, and requests of one token
 and streams of many come as fast as they are answered. A table to stderr, one JSON line to stdout.
 """
 
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
+import contextlib
 import json
 import os
 import queue
@@ -274,10 +278,30 @@ def compare(options: argparse.Namespace, clients: Clients) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         params = SamplingParams(temperature=0.0, max_tokens=options.new_tokens, ignore_eos=True)
         total = options.requests * options.new_tokens
-        rates: dict[str, list[float]] = {"LLM": [], "HTTP": []}
+        rates: dict[str, list[float]] = {"LLM": [], "HTTP": [], "LLM at once": []}
         streams: list[dict[str, Any]] = []
 
-        def by_llm(prompts: list[list[int]]) -> float:
+        def by_threads(prompts: list[list[int]]) -> float:
+            left, counts = collections.deque(prompts), list[int]()
+
+            def caller() -> None:
+                with contextlib.suppress(IndexError):
+                    while True:
+                        [one] = llm.generate(left.popleft(), params)
+                        counts.append(len(one.outputs[0].token_ids))
+
+            threads = [threading.Thread(target=caller) for _ in range(options.clients)]
+            begin = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            seconds = time.perf_counter() - begin
+            if sum(counts) != total:
+                raise RuntimeError("LLM gave fewer tokens than were asked for")
+            return seconds
+
+        def at_once(prompts: list[list[int]]) -> float:
             begin = time.perf_counter()
             results = llm.generate(prompts, params)
             seconds = time.perf_counter() - begin
@@ -294,7 +318,7 @@ def compare(options: argparse.Namespace, clients: Clients) -> dict[str, Any]:
             streams.append(result)
             return float(result["seconds"])
 
-        ways = {"LLM": by_llm, "HTTP": by_http}
+        ways = {"LLM": by_threads, "HTTP": by_http, "LLM at once": at_once}
         for round_ in range(-1, options.rounds):  # the first warms both up
             for name in list(ways)[:: 1 if round_ % 2 else -1]:
                 prompts = rng.integers(shape.vocab, size=(options.requests, options.prompt_tokens)).tolist()

@@ -436,6 +436,7 @@ class Engine:
             request, sink = item
             for sequence in self.scheduler.add(request, self._seeds(request)):
                 self._streams[sequence] = Stream(sequence, sink, self.tokenizer)
+                self._end_at_fault(sequence)
             self._totals["requests_total"] += 1
             self._totals["prompt_tokens_total"] += len(request.prompt_token_ids)
 
@@ -444,15 +445,24 @@ class Engine:
         stream = self._streams.get(sequence)
         if stream is None or stream.matcher is None:
             return
-        if stream.matcher.error is not None:
-            self.scheduler.finish(sequence, Finish.ABORT)
-            self._streams.pop(sequence).end(error=stream.matcher.error, param="structured_outputs")
-        elif stream.matcher.complete:
+        if self._end_at_fault(sequence):
+            return
+        if stream.matcher.complete:
             self.scheduler.finish(sequence, Finish.STOP)
             self._streams.pop(sequence).push(-1, Finish.STOP, NO_RESULTS, 0)
             self._rate.ended(self._busy)
         else:
             self.scheduler.allow(sequence)
+
+    def _end_at_fault(self, sequence: Sequence) -> bool:
+        """Whether no token of its can be drawn any more: then it has ended."""
+        fault = self._streams[sequence].fault(self.limits.vocab_size)
+        if fault is None:
+            return False
+        self.scheduler.finish(sequence, Finish.ABORT)
+        error, param = fault
+        self._streams.pop(sequence).end(error=error, param=param)
+        return True
 
     def _place(self, pages: PromptPages) -> None:
         if adopted := dict(self.scheduler.adopt(pages.digests, pages.first)):

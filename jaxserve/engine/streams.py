@@ -38,6 +38,7 @@ class Stream:
         self._cumulative = 0.0
         self._sequence = sequence
         self.matcher: Matcher | None = None if request.grammar is None else request.grammar.start()
+        self._allowed: NDArray[np.int32] | None = None  # `allowed_words`, once they are asked for
         self._embedding: NDArray[np.float32] | None = None
         self._started = False
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -62,7 +63,19 @@ class Stream:
         params = self._sequence.request.params
         if params.allowed_token_ids is None:
             return self.matcher.mask
-        return self.matcher.mask & allowed_words(params, vocab_size)
+        if self._allowed is None:
+            self._allowed = allowed_words(params, vocab_size)
+        return self.matcher.mask & self._allowed
+
+    def fault(self, vocab_size: int) -> tuple[str, str] | None:
+        """Why its next token cannot be drawn, and the field at fault; None where it can be."""
+        if self.matcher is None:
+            return None
+        if self.matcher.error is not None:
+            return self.matcher.error, "structured_outputs"
+        if not self.matcher.complete and not self.mask(vocab_size).any():
+            return "allowed_token_ids holds no token that may come next", "allowed_token_ids"
+        return None
 
     def add_states(self, states: NDArray[np.float32], *, first: bool) -> None:
         """Takes in the sum of a chunk's hidden states, f32[D]. first: of its prompt."""

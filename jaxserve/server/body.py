@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import json
-import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.server.errors import ApiError, bad_request, error_response
+from jaxserve.server.parts import check_parts
 from jaxserve.server.stream import ClientLeft
 
 MAX_BODY_BYTES = 16 * 2**20
@@ -29,6 +29,8 @@ MAX_DEPTH = 200  # levels of a body, whose parts an answer may repeat
 WRITTEN_DEPTH = 254  # levels that orjson writes; it reads 1,024
 MAX_MEMBERS = 256  # of the body, and of any object in it that has a model: more than any has fields
 OFF_LOOP_BYTES = 16 * 2**10  # larger bodies are parsed and tokenized on a thread
+# what Python's `json` writes, and what is too large for a float; the sign may be before it
+NOT_FINITE = re.compile(r"NaN|Infinity|-?\d{1,400}(\.\d{0,400})?[eE]\+?\d{1,9}")
 
 
 class OneLengthMiddleware:
@@ -106,7 +108,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES)
         raise too_large  # the client waits for leave to send: do not give it
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            data = await _read(receive, limit, too_large)
+            data = await _read(receive, limit, too_large, asyncio.get_running_loop().time() + BODY_SECONDS)
     except TimeoutError:
         raise ApiError(
             408,
@@ -125,9 +127,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int = MAX_BODY_BYTES)
     return data
 
 
-async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
+async def _read(receive: Receive, limit: int, too_large: ApiError, ends: float) -> bytes:
     """Reads a body that is too large to its end, or to 8 times the limit, without keeping it: a client
-    that is still sending would not see the answer."""
+    that is still sending would not see the answer. ends: on the loop's clock; raises TimeoutError."""
     kept: list[bytes] = []
     size = 0
     more = True
@@ -135,6 +137,8 @@ async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
         message: Message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft
+        if asyncio.get_running_loop().time() > ends:
+            raise TimeoutError  # no timer interrupts what does not have to wait
         data = message.get("body", b"")
         more = message.get("more_body", False)
         size += len(data)
@@ -149,10 +153,11 @@ async def _read(receive: Receive, limit: int, too_large: ApiError) -> bytes:
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """The body as a JSON object without its null members: null means "as if absent", as at OpenAI."""
+    check_parts(data)
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        _refuse_non_finite(data)
+        _refuse_non_finite(error.doc, error.pos)
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", code="invalid_json")
@@ -177,22 +182,24 @@ def is_deep(value: Any) -> bool:
     return False
 
 
-def _refuse_non_finite(data: bytes) -> None:
-    """Raises ApiError 400 naming the field, if a field of this body is NaN or infinite.
+def _refuse_non_finite(text: str, place: int) -> None:
+    """Raises ApiError 400 naming the body's field, if it is a NaN or an infinity that is no JSON at `place`.
 
-    Such a body is not JSON, but Python's parser takes it; nothing of what it reads goes any further.
+    What comes before it is JSON, and becomes an object if the field's value is 0 and its last.
     """
+    number = NOT_FINITE.match(text, place)
+    if number is None:
+        return
+    begin = text[:place].removesuffix("-")
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):  # ValueError: not even that, not Unicode, too many digits
+        value = orjson.loads(begin + "0}")
+    except ValueError:  # it is deeper
         return
-    if not isinstance(value, dict):
-        return
-    for name, member in value.items():
-        # no name that could not be sent back, such as a lone surrogate
-        if isinstance(member, float) and not math.isfinite(member) and name.isidentifier():
-            name = name[:64]
-            raise bad_request(f"{name}={member} must be a finite number", param=name, code="invalid_value")
+    # no name that could not be sent back, such as a lone surrogate
+    if isinstance(value, dict) and value and (name := next(reversed(value))).isidentifier():
+        shown = float(text[len(begin) : number.end()])
+        name = name[:64]
+        raise bad_request(f"{name}={shown} must be a finite number", param=name, code="invalid_value")
 
 
 def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -> M:
@@ -215,7 +222,7 @@ def validate[M: pydantic.BaseModel](model: type[M], fields: Mapping[str, Any]) -
 
 
 class Strict(pydantic.BaseModel):
-    """An object that has these fields and no others, of these types and no others.
+    """An object that has these fields and no others, of these types and no others; null is as if absent.
 
     Refused by its size alone, before pydantic collects an error for each member: it holds the interpreter
     meanwhile, and with it every stream.
@@ -225,14 +232,16 @@ class Strict(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _few_members(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+    def _given(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_MEMBERS:
             raise PydanticCustomError(
                 "too_long",
                 "there are {count} members; at most {most} are taken",
                 {"count": len(value), "most": MAX_MEMBERS},
             )
-        return value
+        return {name: member for name, member in value.items() if member is not None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

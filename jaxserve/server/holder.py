@@ -11,6 +11,8 @@ import time
 from jaxserve.protocols import EngineLike
 from jaxserve.server.errors import ApiError, engine_failed, not_ready
 
+MAX_SHOWN = 128  # characters of what a client calls a model
+
 
 class EngineHolder:
     def __init__(self) -> None:
@@ -52,9 +54,10 @@ class EngineHolder:
 
     def check_model(self, name: str) -> None:
         if name != self.model_name:
+            shown = name if len(name) <= MAX_SHOWN else name[: MAX_SHOWN - 3] + "..."
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist; this server has {self.model_name!r}",
+                f"the model {shown!r} does not exist; this server has {self.model_name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -7,6 +7,7 @@ engine. Does not know how an engine is built: it is handed a function. Progress 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import errno
 import gc
@@ -197,6 +198,8 @@ def _start_helpers(engine: EngineLike, say: Say) -> None:
         except RequestError:
             pass
         except Exception as error:  # the server runs all the same
+            if not engine.healthy:
+                return
             say(f"warning: {type(error).__name__}: {error}")
 
 
@@ -227,7 +230,8 @@ class Loader:
             gc.freeze()
             self._server.holder.set_engine(engine, name)
             self._on_ready()
-            _start_helpers(engine, self._say)
+            helpers = threading.Thread(target=_start_helpers, args=(engine, self._say), daemon=True)
+            helpers.start()  # a stop does not wait for them
         except BaseException as error:  # whatever it is, the server must hear of it
             self.failed = True
             if not isinstance(error, OSError | ValueError | RuntimeError | MemoryError | ImportError):
@@ -373,7 +377,8 @@ class _Beside(uvicorn.Server):
 def configured(
     app: ASGIApp, max_connections: int, lifespan: Literal["auto", "off"] = "auto"
 ) -> uvicorn.Config:
-    protocol = type("Protocol", (HttpProtocol,), {"max_connections": max_connections})
+    shared = {"max_connections": max_connections, "turns": collections.deque()}
+    protocol = type("Protocol", (HttpProtocol,), shared)
     return uvicorn.Config(
         app,
         http=protocol,

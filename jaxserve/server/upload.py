@@ -193,9 +193,12 @@ async def _receive(
     upload = Upload(path, file, boundary, max_bytes)
     begun, total = time.monotonic(), 0
     while body.more:
+        deadline = _deadline(begun, total)
         try:
-            async with asyncio.timeout_at(_deadline(begun, total)):
+            async with asyncio.timeout_at(deadline):
                 data = await body.read()
+            if asyncio.get_running_loop().time() > deadline:
+                raise TimeoutError  # no timer interrupts what does not have to wait
         except TimeoutError:
             raise ApiError(
                 408,

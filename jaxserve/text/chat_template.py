@@ -15,6 +15,8 @@ import jinja2.nodes
 from jaxserve.text.renderers import RenderError, Renderers, shared
 from jaxserve.text.template_process import environment
 
+NOW = "strftime_now"  # the one function of templates whose result depends on when it is called
+
 
 class ChatTemplateError(ValueError):
     """The template, the messages, or both together make no prompt; the message says why."""
@@ -57,17 +59,18 @@ class ChatTemplate:
         """The prompt's text. A message's content is a string, None, or text parts, joined by newlines.
 
         continue_final_message: ends where the last message's content does. variables: more names for the
-        template; they win over the tokenizer's. Raises `ChatTemplateError`, with the template's own words
-        where it raises.
+        template; they win over the tokenizer's. NOW among them is the time, in seconds since 1970, for the
+        function of that name. Raises `ChatTemplateError`, with the template's own words where it raises.
         """
         names = {**self.variables, "documents": None, **(variables or {})}
+        now = names.pop(NOW, None)
         reserved = {"messages", "add_generation_prompt", "tools"} & names.keys()
         if reserved:
             raise ChatTemplateError(f"chat template variable {min(reserved)!r} cannot be set")
         plain = [_plain_message(i, message) for i, message in enumerate(messages)]
         names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": tools}
         try:
-            text = self._renderers.render(self.source, names)
+            text = self._renderers.render(self.source, names, now=now)
         except RenderError as error:
             raise ChatTemplateError(str(error)) from error
         return _cut(text, plain[-1] if plain else {}) if continue_final_message else text

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ import orjson
 from numpy.typing import NDArray
 
 from jaxserve.text.grammar_judge import Judge, JudgeError, TooSlow
-from jaxserve.text.json_schemas import SchemaError, kept
+from jaxserve.text.json_schemas import SchemaError, compiled_form
 from jaxserve.text.judge_process import limits
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -35,8 +36,6 @@ MAX_COMPILING, MAX_SLOW = 16, 4  # grammars that wait to be compiled, and of the
 KEPT, KEPT_BYTES = 256, 16 * 2**20  # grammars, and bytes of their texts, that are remembered
 STACK_BYTES = 512 * 2**20  # of address space: only what is used takes memory
 MASK_THREADS = min(4, os.cpu_count() or 1)
-JSON_SPACE = r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}"  # between JSON's tokens: no reply is filled with blanks
-JSON_ESCAPES = 'nrbtf\\"'  # no \\u: a key that is written another way would not be known for itself
 
 
 class GrammarError(ValueError):
@@ -48,22 +47,14 @@ class TooManyGrammars(RuntimeError):
 
 
 def _json(schema: str) -> str:
-    options: Any = {
-        "whitespace_pattern": JSON_SPACE,
-        "lenient": False,
-        "json_allowed_escapes": JSON_ESCAPES,
-    }
     try:
         read = orjson.loads(schema)
         if not isinstance(read, dict | bool):
-            raise GrammarError("a JSON schema is an object")
-        text = orjson.dumps(kept(read)).decode()
-        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
+            raise SchemaError("a JSON schema is an object")
+        return llguidance.LLMatcher.grammar_from_json_schema(compiled_form(read))
     except SchemaError as error:
         raise GrammarError(str(error)) from None
-    except (ValueError, TypeError, RecursionError) as error:  # orjson writes no more than 254 levels
-        if isinstance(error, GrammarError):
-            raise
+    except ValueError as error:
         raise GrammarError(f"this is not a JSON schema: {_short(error)}") from None
 
 
@@ -330,6 +321,8 @@ def _give_way() -> None:
 
 
 def _short(error: object) -> str:
-    """llguidance's message without the grammar that it repeats."""
-    text = " ".join(str(error).split())
+    """llguidance's message without the lines of the grammar that it repeats, the mark below them, and its
+    advice to set an option that nobody can."""
+    unsaid = r"(?m)^ *[0-9]+ \|.*$|^ *\^ *$| Enable 'coerce_one_of' option.*$"
+    text = " ".join(re.sub(unsaid, "", str(error)).split())
     return text if len(text) <= 300 else text[:297] + "..."

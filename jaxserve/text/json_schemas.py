@@ -8,21 +8,42 @@ hair's breadth beside the bound is lost; the second refused. Source of the keywo
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 SINGLE = frozenset({"items", "additionalProperties", "additionalItems", "contains", "propertyNames"})
 HAIR = 1e-9
+OPTIONS = "x-guidance"  # the member of a schema in which llguidance looks for its options
+OURS: Mapping[str, Any] = {
+    # between JSON's tokens: no reply is filled with blanks
+    "whitespace_pattern": r"\x20|\x0A\x20{0,32}|\x0A\x09{0,16}",
+    "lenient": False,  # what it does not know is refused
+    # no \u: a key that is written another way would not be known for itself
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 
 
 class SchemaError(ValueError):
     """A schema that cannot be kept to."""
 
 
+def compiled_form(schema: Mapping[str, Any] | bool) -> str:
+    """The JSON text of `kept` for llguidance, its options included. Raises SchemaError."""
+    if schema is False:
+        raise SchemaError("the schema false allows nothing")
+    try:
+        return json.dumps({**kept({} if schema is True else dict(schema)), OPTIONS: OURS})
+    except RecursionError:
+        raise SchemaError("the schema is too deep") from None
+
+
 def kept(schema: Any) -> Any:
-    """The schema, rewritten where it must be. Raises SchemaError naming the keyword."""
+    """The schema, rewritten where it must be, and without options of the sender's. Raises SchemaError naming
+    the keyword."""
     if not isinstance(schema, dict):
         return schema
     made: dict[str, Any] = {}
@@ -33,7 +54,7 @@ def kept(schema: Any) -> Any:
             made[key] = [kept(part) for part in value]
         elif key in SINGLE:
             made[key] = [kept(part) for part in value] if isinstance(value, list) else kept(value)
-        else:
+        elif key != OPTIONS:
             made[key] = value
     reference = schema.get("$ref", "#")
     if isinstance(reference, str) and not _known(reference):
@@ -63,8 +84,15 @@ def _bound(schema: dict[str, Any], exclusive: str, inclusive: str, sign: int) ->
 
 
 def _known(reference: str) -> bool:
-    """Whether it points within what is rewritten; what is elsewhere, the compiler refuses itself."""
-    if not reference.startswith("#"):
-        return True
-    first = reference.removeprefix("#/").split("/")[0]
-    return reference in ("#", "#/") or first in MAPS | LISTS | SINGLE or "/" not in reference
+    """Whether it points within what is rewritten: its path is one of keywords, each to a schema. Without a
+    path it is the whole, or a name or another document, which the compiler finds or refuses itself."""
+    steps = iter(reference.partition("#")[2].split("/")[1:])
+    before = ""
+    for step in steps:
+        if step in MAPS | LISTS:
+            if next(steps, None) is None:
+                return False
+        elif step not in SINGLE and not (before in SINGLE and step.isdecimal()):  # one of a list of `items`
+            return False
+        before = step
+    return True

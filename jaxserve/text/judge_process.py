@@ -47,7 +47,10 @@ def _walk(matcher: llguidance.LLMatcher, mask: NDArray[np.int32], ends: frozense
 def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(10)
-    start = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):  # whoever asks has gone
+        return
+    start = json.loads(line)
     tokenizer = llguidance.LLTokenizer(
         start["tokenizer"], n_vocab=start["vocab_size"], eos_token=start["end_tokens"] or None
     )

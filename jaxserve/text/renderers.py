@@ -39,13 +39,14 @@ class Renderers:
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end_all, self._free)
 
-    def render(self, source: str, names: Mapping[str, Any]) -> str:
+    def render(self, source: str, names: Mapping[str, Any], *, now: float | None = None) -> str:
         """The text that the template makes of these variables, which JSON must be able to hold.
 
+        now: what it is to take for the time, in seconds since 1970, if not the time.
         Blocks, at most for `seconds` once it has a process. Raises RenderError.
         """
         try:
-            job = json.dumps([source, names]).encode()
+            job = json.dumps([source, names, now]).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise RenderError(f"the chat template can only be given plain data: {error}") from None
         with self._places:

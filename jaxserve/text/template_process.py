@@ -90,8 +90,9 @@ def _tojson(
     )
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
+def _strftime_now(format: str, *, now: float | None = None) -> str:
+    time = datetime.datetime.now() if now is None else datetime.datetime.fromtimestamp(now)
+    return time.strftime(format)
 
 
 def environment() -> jinja2.Environment:
@@ -117,8 +118,10 @@ def _compiled(source: str) -> jinja2.Template:
     return environment().from_string(source)
 
 
-def _render(source: str, names: Mapping[str, Any]) -> list[str | None]:
-    """[text, None], or [None, why there is none]."""
+def _render(source: str, names: Mapping[str, Any], now: float | None) -> list[str | None]:
+    """[text, None], or [None, why there is none]. now: the time, where it is to be another than it is."""
+    if now is not None:
+        names = {**names, "strftime_now": functools.partial(_strftime_now, now=now)}
     try:
         text = _compiled(source).render(names)
     except jinja2.TemplateSyntaxError as error:
@@ -140,8 +143,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print(flush=True)
     for line in sys.stdin.buffer:
-        source, names = json.loads(line)
-        print(json.dumps(_render(source, names)), flush=True)
+        print(json.dumps(_render(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,24 @@ def test_both_masks_hold(engine: Engine) -> None:
         assert reply.tokens() == [choice]
 
 
+def test_masks_without_a_token_in_common_draw_none(engine: Engine) -> None:
+    """At once, where the first has none; else as soon as it is known of the next."""
+    first = allowed(-1)[0]
+    none = next(token for token in range(VOCAB) if token not in allowed(-1))
+    last = next(token for token in range(VOCAB) if token not in allowed(first))
+    replies = [
+        submit(engine, "none", [9], Rule(), allowed_token_ids=(none,), n=2, temperature=1.0),
+        submit(engine, "one", [9], Rule(), allowed_token_ids=(first,) if last == first else (first, last)),
+    ]
+    finish(engine, replies[:1], 2)
+    finish(engine, replies[1:])
+    assert (replies[0].tokens(), replies[0].tokens(1), replies[1].tokens()) == ([], [], [first])
+    for reply in replies:
+        assert {one.param for one in reply.outputs if one.finish_reason} == {"allowed_token_ids"}
+        assert set(reply.finishes) == {Finish.ABORT}
+    assert engine.scheduler.pages_used == 0
+
+
 def test_a_grammar_that_cannot_go_on_is_the_requests_fault(engine: Engine) -> None:
     reply = submit(engine, "a", [5], Rule(fails_at=4))
     finish(engine, [reply])

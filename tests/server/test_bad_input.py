@@ -344,6 +344,32 @@ def test_unknown_paths(served: Served, path: str) -> None:
     assert reply.json()["error"]["code"] == "not_found"
 
 
+def test_nulls_are_as_if_absent_wherever_fields_are_known(served: Served) -> None:
+    none = {"foo": None}
+    message = {"role": "assistant", "content": [{"type": "text", "text": "a", **none}], **none}
+    fields = {
+        "messages": [{"role": "user", "content": "a"}, message, {"role": "user", "content": "b"}],
+        "response_format": {"type": "json_object", **none},
+        "stream_options": {"include_usage": None},
+        "stream": True,
+        "tool_choice": None,
+        **none,
+    }
+    reply = served.chat(**fields, max_tokens=1)
+    assert reply.status_code == 200, reply.text
+    assert '"usage"' not in reply.text
+    items = [{"role": "user", "content": [{"type": "input_text", "text": "a", **none}], **none}]
+    fields = {"input": items, "text": {"format": {"type": "text", **none}, **none}, **none}
+    reply = served.http.post("/v1/responses", json={"model": "alphabet", "max_output_tokens": 1, **fields})
+    assert reply.status_code == 200, reply.text
+    for path, wrong in (
+        ("logit_bias.5", {"logit_bias": {"5": None}}),  # the client's own names
+        ("response_format.foo", {"response_format": {"type": "json_object", "foo": 0}}),
+    ):
+        reply = served.chat(**wrong)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, path)
+
+
 def test_wrong_method(served: Served) -> None:
     reply = served.http.get("/v1/completions")
     assert reply.status_code == 405

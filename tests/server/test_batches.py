@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxserve.scheduler.types import Tier
 from jaxserve.server.api import batches
 from jaxserve.server.errors import ApiError
 from jaxserve.server.jobs import answer, lines, work
+from tests.server import templates
 from tests.server.fakes import FakeEngine
 from tests.server.harness import MODEL, Serve, Served, until
 
@@ -424,6 +426,62 @@ def test_jobs_in_metrics(serve: Serve) -> None:
     text = served.http.get("/metrics").text
     assert 'jaxserve_jobs{state="completed"} 1.0' in text
     assert "jaxserve_job_results_unwritten 0.0" in text
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/responses", "/v1/chat/completions"])
+def test_deep_lines_are_a_400_as_over_http(serve: Serve, endpoint: str) -> None:
+    served = serve(templates.engine(templates.HERMES, "hello"))
+    deep = {"metadata": nested(300)}
+    if endpoint == "/v1/responses":
+        tool = {"type": "function", "name": "f", "parameters": nested(300)}
+        entries = [line(0, endpoint), line(1, endpoint, tools=[tool]), line(2, endpoint, **deep)]
+    else:
+        kwargs = {"chat_template_kwargs": {"x": nested(300)}}
+        entries = [line(0, endpoint), line(1, endpoint, **kwargs), line(2, endpoint, **deep)]
+    done = ended(served, begin(served, entries, endpoint))
+    assert done.request_counts is not None
+    assert done.request_counts.to_dict() == {"total": 3, "completed": 1, "failed": 2}
+    for entry in content(served, done.error_file_id):
+        assert entry["response"]["status_code"] == 400
+        assert "more than 200 levels" in entry["response"]["body"]["error"]["message"]
+
+
+def test_a_reply_that_cannot_be_written_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled = answer._settled
+
+    def unwritable(body: dict[str, Any]) -> dict[str, Any]:
+        text = body["choices"][0]["text"]
+        return {**settled(body), "deep": nested(300) if text == "c" else 0}
+
+    monkeypatch.setattr(answer, "_settled", unwritable)
+    served = serve(FakeEngine())
+    done = ended(served, begin(served, [line(number, max_tokens=1) for number in range(3)]))
+    assert done.status == "completed"
+    [entry] = content(served, done.error_file_id)
+    assert (entry["custom_id"], entry["response"]["status_code"]) == ("line 1", 500)
+
+
+def test_the_date_in_a_lines_prompt_is_the_batchs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "{{ strftime_now('%s') }}" + templates.PLAIN
+    served = serve(templates.engine(source, "x"))
+    before = int(time.time()) - 3600
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "time", types.SimpleNamespace(time=lambda: before))
+        batch = begin(served, [line(0, "/v1/chat/completions")], "/v1/chat/completions")
+    assert batch.created_at == before
+    ended(served, batch)
+    assert templates.prompt(served).startswith(f"{batch.created_at}<user>")
+    served.http.post(
+        "/v1/chat/completions", json={"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+    )
+    assert int(templates.prompt(served).partition("<")[0]) >= before + 3600
 
 
 def test_a_line_that_keeps_failing_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from random import Random
+from typing import Any
 
+import h11
 import orjson
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
 
 from jaxserve.server import bridge, protocol, run
 from tests.server.fakes import FakeEngine
@@ -177,6 +183,158 @@ def test_a_body_that_nobody_wants_has_a_deadline(serve: Serve, monkeypatch: pyte
                 reply += connection.recv(2**16)
             assert reply.startswith(b"HTTP/1.1 401 ")
             connection.sendall(b"x" * 100)
+
+
+# --- chunks ---
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunks(data: bytes, size: int = 1) -> bytes:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in pieces)
+
+
+def test_tiny_chunks_are_refused(served: Served) -> None:
+    with connected(served) as connection:
+        connection.sendall(CHUNKED + chunks(b" " * 3 * protocol.FREE_CHUNKS))
+        reply = answer(connection)  # it ends
+    assert reply.startswith(b"HTTP/1.1 400 ")
+    error = orjson.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == "tiny_chunks" and "64 bytes on average" in error["message"]
+    until(lambda: not served.server.server_state.tasks)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_chunks_that_nobody_wants_are_not_read_on(serve: Serve, size: int) -> None:
+    """Those who have no key would keep the server busy with them."""
+    served = serve(FakeEngine(), keys=["secret"])
+    with connected(served) as connection:
+        connection.sendall(CHUNKED)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 401 ")
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(chunks(b" " * size * 3 * protocol.FREE_CHUNKS, size))
+            answer(connection)  # it ends
+
+
+def test_some_tiny_chunks_are_taken(served: Served) -> None:
+    body = orjson.dumps({"model": MODEL, "prompt": "a", "max_tokens": 3})
+    few = b" " * (protocol.FREE_CHUNKS - len(body)) + body
+    many = b" " * protocol.LEAST_CHUNK * 2 * protocol.FREE_CHUNKS + body
+    for data, size in ((few, 1), (many, protocol.LEAST_CHUNK), (many, 2**16)):
+        with connected(served) as connection:
+            head = CHUNKED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            connection.sendall(head + chunks(data, size) + b"0\r\n\r\n")
+            reply = answer(connection)
+        assert reply.startswith(b"HTTP/1.1 200 ") and b'"text":"bcd"' in reply
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.asynccontextmanager
+async def listening(app: ASGIApp) -> AsyncIterator[int]:
+    """The port of a server on this loop."""
+    config = run.configured(app, 100, "off")
+    config.load()
+    state = ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    yield server.sockets[0].getsockname()[1]
+    for one in list(state.connections):
+        one.transport.abort()
+    server.close()
+    await server.wait_closed()
+
+
+def test_chunks_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one turn of the loop there are never many more pieces read than one connection may."""
+    clients, count, read, most, total = 4, 4000, 0, 0, 0
+    next_event = protocol._Paced.next_event
+
+    def counted(self: protocol._Paced) -> Any:
+        nonlocal read
+        event = next_event(self)
+        read += isinstance(event, h11.Data)
+        return event
+
+    monkeypatch.setattr(protocol._Paced, "next_event", counted)
+
+    async def watch() -> None:
+        nonlocal read, most, total
+        while True:
+            most, total, read = max(most, read), total + read, 0
+            await asyncio.sleep(0)
+
+    async def send(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(CHUNKED + chunks(b"x" * count) + b"0\r\n\r\n")
+        reply = await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+        return reply
+
+    async def main() -> None:
+        async with listening(echo) as port:
+            watching = asyncio.create_task(watch())
+            for reply in await asyncio.gather(*(send(port) for _ in range(clients))):
+                assert reply.count(b"x") == count
+            watching.cancel()
+
+    asyncio.run(main())
+    assert total == clients * count
+    # what has just come on each, and the turn of one that waits
+    assert most <= (clients + 1) * protocol.TURN_PIECES
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bodies_arrive_as_they_were_sent(seed: int) -> None:
+    """However they are cut, and one behind the other."""
+    random = Random(seed)
+    bodies = [random.randbytes(random.choice((0, 1, 700, 20_000, 300_000))).hex().encode() for _ in range(20)]
+    data = b""
+    for body in bodies:
+        if random.random() < 0.3:
+            data += b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        else:
+            data += CHUNKED + chunks(body, random.choice((70, 300, 2**14, 2**20))) + b"0\r\n\r\n"
+
+    async def main() -> None:
+        async with listening(echo) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+            async def send() -> None:
+                begin = 0
+                while begin < len(data):
+                    end = begin + random.choice((1, 100, 5000, 2**18))
+                    writer.write(data[begin:end])
+                    await writer.drain()
+                    begin = end
+
+            sending = asyncio.create_task(send())
+            client = h11.Connection(h11.CLIENT)
+            for body in bodies:
+                client.send(h11.Request(method="POST", target="/", headers=[("host", "x")]))
+                client.send(h11.EndOfMessage())
+                got = b""
+                while not isinstance(event := client.next_event(), h11.EndOfMessage):
+                    if event is h11.NEED_DATA:
+                        client.receive_data(await reader.read(2**16))
+                    elif isinstance(event, h11.Data):
+                        got += event.data
+                assert got == body
+                client.start_next_cycle()
+            await sending
+            writer.close()
+
+    asyncio.run(main())
 
 
 def test_files_are_allowed_for_connections() -> None:

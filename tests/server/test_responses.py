@@ -284,6 +284,12 @@ def test_bad_input(served: Served, fields: dict[str, Any], param: str | None, me
     assert message in error["message"], error
 
 
+def test_one_stop_string_is_a_list_of_one(served: Served) -> None:
+    for stop in ("d", ["d"]):
+        reply = served.http.post("/v1/responses", json={"model": MODEL, "input": "a", "stop": stop})
+        assert reply.json()["output"][0]["content"][0]["text"] == "bc"
+
+
 def test_store_is_accepted_and_not_done(served: Served) -> None:
     reply = served.openai.responses.create(model=MODEL, input="X", store=True)
     assert reply.model_extra is not None

@@ -181,6 +181,58 @@ def test_a_call_that_is_cut_off(serve: Serve) -> None:
     assert choice.message.tool_calls[0].function.name == "get_weather"
 
 
+@pytest.mark.parametrize(
+    ("stop", "finish", "arguments"),
+    [
+        ("Be", "stop", ['{"city": "']),  # within a call
+        ("time", "tool_calls", [BERN]),  # between two
+        ("</tool_call>", "tool_calls", [BERN]),  # the call is whole
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_within_a_call(
+    serve: Serve, stop: str, finish: str, arguments: list[str], stream: bool
+) -> None:
+    served = serve(engine(templates.HERMES, WRITTEN[templates.HERMES]))
+    if stream:
+        chunks = [*create(served, tools=TOOLS, stop=stop, stream=True)]
+        assert chunks[-1].choices[0].finish_reason == finish
+    else:
+        [choice] = create(served, tools=TOOLS, stop=stop).choices
+        assert [call.function.arguments for call in choice.message.tool_calls] == arguments
+        assert (choice.finish_reason, choice.stop_reason) == (finish, stop)
+    tool = {"type": "function", **WEATHER["function"]}
+    fields = {"model": MODEL, "input": "hi", "tools": [tool], "stop": stop}
+    items = served.http.post("/v1/responses", json=fields).json()["output"]
+    [call] = [item for item in items if item["type"] == "function_call"]
+    status = "incomplete" if finish == "stop" else "completed"
+    assert (call["arguments"], call["status"]) == (arguments[-1], status)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("helper", ["stream", "parse", "plain"])
+def test_what_the_client_made_of_a_call_goes_back_in(serve: Serve, strict: bool, helper: str) -> None:
+    """Its helpers put `parsed` and `parsed_arguments` into the message, null where there is nothing."""
+    served = serve(engine(templates.HERMES, WRITTEN[templates.HERMES]))
+    completions = served.openai.chat.completions
+    tools = [{**one, "function": {**one["function"], "strict": strict}} for one in TOOLS]
+    if strict:
+        tools[1]["function"]["parameters"] = {"type": "object", "properties": {}}
+    fields: Any = {"model": MODEL, "messages": HELLO, "tools": tools}
+    if helper == "stream":
+        with completions.stream(**fields) as stream:
+            stream.until_done()
+            message = stream.get_final_completion().choices[0].message
+    elif helper == "parse" and strict:  # which takes no other tools
+        message = completions.parse(**fields).choices[0].message
+    else:
+        message = completions.create(**fields).choices[0].message  # type: ignore[assignment]
+    assert message.tool_calls is not None
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "ok"} for call in message.tool_calls]
+    create(served, messages=[*HELLO, message, *results])
+    assert BERN in prompt(served)
+
+
 def test_logprobs_of_a_call_are_all_there(serve: Serve) -> None:
     served = serve(engine(templates.HERMES, WRITTEN[templates.HERMES]))
     entries = create(served, tools=TOOLS, logprobs=True).choices[0].logprobs.content

@@ -210,6 +210,12 @@ def test_the_date() -> None:
     assert text in {str(datetime.date.today()), str(datetime.date.today() - datetime.timedelta(days=1))}
 
 
+def test_the_date_that_it_is_told() -> None:
+    source = "{% macro year() %}{{ strftime_now('%Y') }}{% endmacro %}{{ year() }}"
+    assert ChatTemplate(source).render([], variables={"strftime_now": 86400 * 200}) == "1970"
+    assert ChatTemplate(source).render([]) >= "2025"  # the next one is not told
+
+
 def test_messages_are_left_as_they_were() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     ChatTemplate("{{ messages }}").render([message])

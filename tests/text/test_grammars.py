@@ -20,6 +20,9 @@ from checkpoints.embedded import MODEL_DIR
 from jaxserve.text import grammars as module
 from jaxserve.text.grammars import Grammar, GrammarError, Grammars, Masks, Matcher, TooManyGrammars
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools.call_grammars import Function, json_body
+from jaxserve.text.tools.call_grammars import Grammars as CallGrammars
+from jaxserve.text.tools.formats import Format
 from tests.schemas import schemas
 
 VOCAB = 4200  # padded beyond the tokenizer's
@@ -110,16 +113,54 @@ def allows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
         ),
         ({"enum": [{"exclusiveMinimum": 1}]}, ['{"exclusiveMinimum":1}'], ['{"minimum":1}']),
         ({"$defs": {"p": {"exclusiveMinimum": 0, "type": "number"}}, "$ref": "#/$defs/p"}, ["1"], ["0"]),
+        (
+            {"type": "object", "properties": {"x-guidance": {"type": "integer"}}, "required": ["x-guidance"]},
+            ['{"x-guidance": 1}'],
+            ['{"x-guidance": "a"}', "{}"],
+        ),
+        ({"type": "string", "x-guidance": {"json_allowed_escapes": "u"}}, ['"a"'], ['"\\u0061"']),
     ],
 )
 def test_what_passes_validates(
     grammars: Grammars, tokenizer: Tokenizer, schema: dict[str, Any], good: list[str], bad: list[str]
 ) -> None:
-    grammar = grammars.compile("json", json.dumps(schema))
     for text in good:
         jsonschema.validate(json.loads(text), schema, cls=jsonschema.Draft202012Validator)
-    assert [text for text in good if not allows(grammar, tokenizer, text)] == []
-    assert [text for text in bad if allows(grammar, tokenizer, text)] == []
+    for name, (kind, source, around) in ways(schema).items():
+        grammar = grammars.compile(kind, source)
+        assert [text for text in good if not allows(grammar, tokenizer, around.format(text))] == [], name
+        assert [text for text in bad if allows(grammar, tokenizer, around.format(text))] == [], name
+
+
+def ways(schema: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """How a schema comes to be followed -> (kind, source, the reply, its JSON to be put in)."""
+    plain, thinking = Format("hermes"), Format("hermes", "think")
+    calls = CallGrammars(plain, {}, opened=False).calls([Function("f", schema)], parallel=False)
+    strict = Function("f", schema, strict=True)
+    call = '<tool_call>\n{{"name": "f", "arguments": {}}}\n</tool_call>'
+    return {
+        "alone": ("json", json.dumps(schema), "{}"),
+        "after reasoning": (
+            "grammar",
+            CallGrammars(thinking, {}, opened=False).answer(json_body(schema)),
+            "<think>Hm</think>{}",
+        ),
+        "forced": ("grammar", calls, call),
+        "strict": ("grammar", CallGrammars(plain, {}, opened=False).free([strict], parallel=False), call),
+    }
+
+
+def test_every_finished_call_is_valid(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    rng, finished = random.Random(5), 0
+    for schema in schemas(24, seed=3):
+        function = Function("f", schema)
+        lark = CallGrammars(Format("llama3"), {}, opened=False).calls([function], parallel=False)
+        text = walk(grammars.compile("grammar", lark), tokenizer, rng)
+        if text is not None:
+            arguments = json.loads(text)["parameters"]
+            jsonschema.validate(arguments, schema, cls=jsonschema.Draft202012Validator)
+            finished += 1
+    assert finished > 12
 
 
 def test_number_ranges_drawn_at_random(grammars: Grammars, tokenizer: Tokenizer) -> None:
@@ -164,6 +205,13 @@ def test_other_kinds(grammars: Grammars, tokenizer: Tokenizer, kind: str, source
         ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
         ("json", '{"type": "object", "minProperties": 2}', "minProperties"),
         ("json", '{"$ref": "#/x", "x": {"type": "string"}}', "looked for"),
+        ("json", '{"$ref": "#/$defs/x/const", "$defs": {"x": {"const": {}}}}', "looked for"),
+        ("json", '{"$id": "http://a/b", "$ref": "http://a/b#/x", "x": {}}', "looked for"),
+        (
+            "json",
+            '{"oneOf": [{"type": "integer"}, {"type": "number"}], "x-guidance": {"coerce_one_of": true}}',
+            r"not supported\.?$",
+        ),
         (
             "json",
             json.dumps({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}}),

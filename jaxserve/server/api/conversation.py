@@ -41,6 +41,7 @@ class TextPart(Strict):
 class CalledFunction(Strict):
     name: Annotated[str, pydantic.Field(min_length=1, max_length=MAX_NAME)]
     arguments: str = ""
+    parsed_arguments: Any = None  # what openai's client makes of them, and sends back
 
 
 class MessageToolCall(Strict):
@@ -48,13 +49,6 @@ class MessageToolCall(Strict):
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None  # clients that put a stream together leave it in
-
-
-def _without_nulls(value: Any) -> Any:
-    """A client that sends an answer back sends its empty members (`refusal`, `audio`) too."""
-    return (
-        {name: part for name, part in value.items() if part is not None} if isinstance(value, dict) else value
-    )
 
 
 def _as_parts(value: Any) -> Any:
@@ -75,12 +69,10 @@ class Message(Strict):
     reasoning: str | None = None
     refusal: str | None = None
     annotations: Annotated[list[Any], AtMost(0)] | None = None
+    parsed: Any = None  # what openai's client makes of the content, and sends back
 
 
-Messages = Annotated[
-    list[Annotated[Message, pydantic.BeforeValidator(_without_nulls)]],
-    AtMost(MAX_MESSAGES),
-]
+Messages = Annotated[list[Message], AtMost(MAX_MESSAGES)]
 
 
 class FunctionDefinition(Strict):
@@ -115,6 +107,7 @@ ONLY_FOR = {  # member -> the role that may have it
     "reasoning": "assistant",
     "refusal": "assistant",
     "annotations": "assistant",
+    "parsed": "assistant",
     "tool_call_id": "tool",
 }
 

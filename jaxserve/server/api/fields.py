@@ -95,6 +95,13 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Stop = Annotated[
+    list[str],
+    AtMost(MAX_STOP_STRINGS),
+    pydantic.BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
     """What the server knows of a request before it reads it.
@@ -104,7 +111,7 @@ class Caller:
     tool_parser, reasoning_parser: `ServerOptions`' own.
     origin: of a batch's line, a name that no other has: what is left to chance or to the clock elsewhere is
         made from it, so that a line that runs twice has one reply.
-    created: of a batch's line, what its reply calls the time, in seconds since 1970.
+    created: of a batch's line, what its prompt and its reply call the time, in seconds since 1970.
     """
 
     tenant: bytes = b""
@@ -184,9 +191,7 @@ class SamplingFields(PlaceFields):
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int | None = None
-    stop: Annotated[list[str], AtMost(MAX_STOP_STRINGS), pydantic.BeforeValidator(_as_list)] = pydantic.Field(
-        default_factory=list
-    )
+    stop: Stop = pydantic.Field(default_factory=list)
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from jaxserve.engine.outputs import Output
@@ -19,6 +21,7 @@ from jaxserve.scheduler.types import Request
 from jaxserve.server.api.fields import Caller
 from jaxserve.server.api.results import Answer, Usage
 from jaxserve.server.body import OFF_LOOP_BYTES, parse_object
+from jaxserve.server.errors import not_ready
 
 # what a body that asks for a grammar holds somewhere; a prompt that holds it goes by the thread for nothing
 COMPILED = (
@@ -28,6 +31,40 @@ COMPILED = (
 # Of their own, so that many who wait for grammars leave the others a thread. A grammar's queue is shorter.
 THREADS = concurrent.futures.ThreadPoolExecutor(16, "jaxserve-prepare")
 GRAMMAR_THREADS = concurrent.futures.ThreadPoolExecutor(48, "jaxserve-prepare-grammar")
+# The memory of a large body's parts is a multiple of its own, so there are few of them at a time.
+LARGE_THREADS = concurrent.futures.ThreadPoolExecutor(2, "jaxserve-prepare-large")
+LARGE_BYTES = 256 * 2**10
+RETRY_SECONDS = 5
+MAX_LARGE = 256 * 2**20  # bytes of large bodies that wait for those threads, or have them
+
+
+class Room:
+    """Bytes that may be held at the same time."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Raises ApiError 503 where others have left too little. Who is alone always has room."""
+        with self._lock:
+            if self._held and self._held + size > self._most:
+                raise not_ready(
+                    "too many large requests wait to be read; try again later",
+                    code="too_many_bodies",
+                    retry_after=RETRY_SECONDS,
+                )
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= size
+
+
+LARGE = Room(MAX_LARGE)
 
 
 class Job(Protocol):
@@ -68,14 +105,23 @@ async def prepared[J](
     *,
     always_on_thread: bool = False,
 ) -> J:
-    """`prepare` of the body `data`, on a thread where it may hold up other streams."""
+    """`prepare` of the body `data`, on a thread where it may hold up other streams.
+
+    Raises what `prepare` raises, and ApiError 503 where too many large bodies wait.
+    """
 
     def work() -> J:
         return prepare(parse_object(data), engine, check_model, caller)
 
+    if len(data) > LARGE_BYTES:
+        with LARGE.held(len(data)):
+            return await _on(LARGE_THREADS, work)
     compiles = any(word in data for word in COMPILED)
     if not (always_on_thread or compiles or len(data) > OFF_LOOP_BYTES):
         return work()
-    threads = GRAMMAR_THREADS if compiles else THREADS
+    return await _on(GRAMMAR_THREADS if compiles else THREADS, work)
+
+
+async def _on[J](threads: concurrent.futures.Executor, work: Callable[[], J]) -> J:
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(threads, context.run, work)

@@ -6,6 +6,7 @@ Outputs" and the `guided_*` fields that came before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
@@ -123,12 +124,17 @@ def _guided(name: str, value: Any) -> Wanted:
         raise RequestError(f"{param}: {error}", param=param) from error
 
 
-def compiled(engine: EngineLike, outputs: StructuredOutputs, param: str) -> Any:
+def compiled(
+    engine: EngineLike, outputs: StructuredOutputs, param: str, *, in_words: Callable[[str], str] = str
+) -> Any:
     """The grammar, for `check_request`. Raises RequestError that names `param`, whichever field it was that
-    the engine found at fault; and ApiError 429 where too many others wait for theirs."""
+    the engine found at fault; and ApiError 429 where too many others wait for theirs.
+
+    in_words: from what the compiler says is wrong to what the client is told.
+    """
     try:
         return engine.compile_grammar(outputs)
     except EngineBusy as error:
         raise queue_full(error) from error
     except RequestError as error:
-        raise RequestError(str(error), param=param, code=error.code) from error
+        raise RequestError(in_words(str(error)), param=param, code=error.code) from error

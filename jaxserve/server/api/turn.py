@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+import orjson
+
 from jaxserve.engine.outputs import Output, TokenLogprob
 from jaxserve.protocols import EngineLike
 from jaxserve.scheduler.types import Finish, RequestError, check_request
@@ -75,7 +77,10 @@ class CallArguments:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """Last of a choice. stop_reason: the stop string or stop token, None for the model's own end."""
+    """Last of a choice. stop_reason: the stop string or stop token, None for the model's own end.
+
+    finish_reason: "tool_calls" where the reply called tools, but for one that was stopped within a call.
+    """
 
     index: int
     finish_reason: Literal["stop", "length", "tool_calls", "abort"]
@@ -135,18 +140,20 @@ class Turn:
         self.service_tier = service_tier(place["tier"])
         prompt = Prompt(asked, engine.tokenizer, caller, context=engine.limits.max_model_len)
         self.reading = prompt.reading
-        structured, param = prompt.structured()
+        wanted = prompt.constraint()
         # what is wrong with its ranges is cheap to find, a grammar is not to make
         params = asked.sampling.sampling(
             engine.limits.sampling_defaults,
             max_tokens=asked.max_tokens,
             logprobs=asked.logprobs,
             prompt_logprobs=asked.prompt_logprobs,
-            structured=structured,
+            structured=None if wanted is None else wanted.outputs,
         )
         if self.reading.hidden is not None and params.skip_special_tokens:
             params = dataclasses.replace(params, skip_special_tokens=False)
-        grammar = None if structured is None else compiled(engine, structured, param)
+        grammar = None
+        if wanted is not None:
+            grammar = compiled(engine, wanted.outputs, wanted.param, in_words=wanted.in_words)
         self.request = check_request(
             self.id, prompt.ids, params, engine.limits, now, grammar=grammar, **place
         )
@@ -204,6 +211,7 @@ class _Channel:
         self._hidden = Hidden(reading.hidden) if hides and reading.hidden is not None else None
         self._shows_stop = shows_stop
         self._calls = 0
+        self._arguments: list[str] = []  # of the last call, as they came
 
     def push(
         self,
@@ -227,7 +235,8 @@ class _Channel:
         if logprobs:
             events = _with_logprobs(self._index, events, logprobs)
         if finish is not None:
-            reason = "tool_calls" if finish is Finish.STOP and self._calls else str(finish)
+            calls = finish is Finish.STOP and self._calls and not (stop_reason is not None and self._is_cut())
+            reason = "tool_calls" if calls else str(finish)
             # never "timeout": the bridge ends the whole call with an error then
             events.append(End(self._index, reason, stop_reason))  # type: ignore[arg-type]
         return events
@@ -240,10 +249,20 @@ class _Channel:
                 return Reasoning(self._index, part.text)
             case Called():
                 self._calls += 1
+                self._arguments.clear()
                 name = self._reading.call_id(self._index, self._calls - 1)
                 return CallBegin(self._index, self._calls - 1, name, part.name)
             case Argued():
+                self._arguments.append(part.delta)
                 return CallArguments(self._index, self._calls - 1, part.delta)
+
+    def _is_cut(self) -> bool:
+        """Whether the last call's arguments break off."""
+        try:
+            orjson.loads("".join(self._arguments))
+        except orjson.JSONDecodeError:
+            return True
+        return False
 
 
 def _with_logprobs(index: int, events: list[Event], logprobs: Sequence[TokenLogprob]) -> list[Event]:

@@ -17,16 +17,25 @@ from jaxserve.protocols import TokenizerLike
 from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from jaxserve.server.api.conversation import for_template
 from jaxserve.server.api.fields import Caller, SamplingFields
-from jaxserve.text.chat_template import names_read
+from jaxserve.server.body import MAX_DEPTH, is_deep
+from jaxserve.text.chat_template import NOW, names_read
+from jaxserve.text.json_schemas import SchemaError
 from jaxserve.text.tools import think
-from jaxserve.text.tools.call_grammars import Function, Grammars, choice_body, json_body, regex_body
+from jaxserve.text.tools.call_grammars import (
+    Function,
+    Grammars,
+    choice_body,
+    in_words,
+    json_body,
+    regex_body,
+)
 from jaxserve.text.tools.formats import Format, detect
 from jaxserve.text.tools.parts import Reader
 
 MOST_COUNTED = 2**19  # tokens of a prompt that is only counted, whatever the context
 TAIL = 16  # tokens of a prompt's end that may open the reasoning
 MAX_VARIABLES, MAX_VARIABLE_BYTES = 64, 2**16  # of a chat template, by one request
-OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", NOW})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +97,22 @@ class Reading:
         return name[:9] if self.format.tools in ("mistral", "mistral-list") else f"call_{name[:24]}"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply must look like. param: the field that asks for it. functions: of a grammar that was made
+    here, those that it may call; None of the client's own."""
+
+    outputs: StructuredOutputs
+    param: str
+    functions: Sequence[Function] | None = None
+
+    def in_words(self, error: str) -> str:
+        """What was found wrong with it, in words of what the client sent."""
+        if self.functions is None:
+            return error
+        return in_words(error, self.outputs.grammar or "", self.functions)
+
+
 class Prompt:
     """A turn's prompt. Raises RequestError; where it is far longer than `context` tokens, before rendering.
 
@@ -116,6 +141,8 @@ class Prompt:
             variables["tools"] = list(self._tools)
         if asked.continue_final_message:
             variables["continue_final_message"] = True
+        if caller.created is not None and NOW in self._read:
+            variables[NOW] = caller.created
         ids = encode_messages(
             tokenizer,
             for_template(asked.messages),
@@ -174,16 +201,20 @@ class Prompt:
                     param="reasoning_effort",
                     code="unsupported_parameter",
                 )
-        if len(variables) > MAX_VARIABLES or len(orjson.dumps(variables)) > MAX_VARIABLE_BYTES:
+        if (
+            len(variables) > MAX_VARIABLES
+            or is_deep(variables)
+            or len(orjson.dumps(variables)) > MAX_VARIABLE_BYTES
+        ):
             raise RequestError(
-                f"chat_template_kwargs and documents may have {MAX_VARIABLES} members and"
+                f"chat_template_kwargs and documents may have {MAX_VARIABLES} members, {MAX_DEPTH} levels and"
                 f" {MAX_VARIABLE_BYTES} bytes together",
                 param="chat_template_kwargs",
             )
         for name in variables:
             param = name if name in ("documents", "reasoning_effort") else f"chat_template_kwargs.{name[:64]}"
             if name in OURS:
-                raise RequestError(f"{param} has a field of its own", param=param)
+                raise RequestError(f"{param} has a field of its own, or is the server's", param=param)
             if name not in self._read:
                 raise RequestError(
                     f"{param}: the model's chat template does not read it",
@@ -225,8 +256,8 @@ class Prompt:
 
     # --- what the reply must look like ---
 
-    def structured(self) -> tuple[StructuredOutputs | None, str]:
-        """What constrains the reply, and the field that asks for it. Compiling it is left to the caller."""
+    def constraint(self) -> Constraint | None:
+        """What constrains the reply. Compiling it is left to the caller."""
         asked = self._asked
         functions = [_function(tool) for tool in self._tools]
         if functions and asked.tool_choice != "auto":
@@ -234,10 +265,10 @@ class Prompt:
                 functions = [one for one in functions if one.name == asked.tool_choice["name"]]
             # OpenAI: a function that is named is called once
             parallel = asked.parallel_tool_calls and asked.tool_choice == "required"
-            return _grammar(self._grammars().calls(functions, parallel=parallel)), "tools"
+            return _made("tools", functions, lambda: self._grammars().calls(functions, parallel=parallel))
         if asked.structured is not None:
             if not functions and self._format.reasoning is None:
-                return asked.structured, "structured_outputs"
+                return Constraint(asked.structured, "structured_outputs")
             if functions and self._format.tools == "llama3":
                 # both would begin with a brace, and a grammar cannot tell which of them that is
                 raise RequestError(
@@ -245,13 +276,19 @@ class Prompt:
                     param="structured_outputs",
                     code="unsupported_parameter",
                 )
-            grammar = self._grammars().answer(
-                self._body(asked.structured), functions, parallel=asked.parallel_tool_calls
+            body = self._body(asked.structured)
+            return _made(
+                "structured_outputs",
+                functions,
+                lambda: self._grammars().answer(body, functions, parallel=asked.parallel_tool_calls),
             )
-            return _grammar(grammar), "structured_outputs"
         if functions and (not asked.parallel_tool_calls or any(one.strict for one in functions)):
-            return _grammar(self._grammars().free(functions, parallel=asked.parallel_tool_calls)), "tools"
-        return None, ""
+            return _made(
+                "tools",
+                functions,
+                lambda: self._grammars().free(functions, parallel=asked.parallel_tool_calls),
+            )
+        return None
 
     def _grammars(self) -> Grammars:
         tokens = {}
@@ -280,11 +317,18 @@ class Prompt:
             raise RequestError(f"this is not a JSON schema: {error}", param="structured_outputs") from None
         if not isinstance(schema, dict | bool):
             raise RequestError("a JSON schema is an object", param="structured_outputs")
-        return json_body(schema)
+        try:
+            return json_body(schema)
+        except SchemaError as error:
+            raise RequestError(f"structured_outputs: {error}", param="structured_outputs") from None
 
 
-def _grammar(text: str) -> StructuredOutputs:
-    return StructuredOutputs(grammar=text)
+def _made(param: str, functions: Sequence[Function], make: Callable[[], str]) -> Constraint:
+    """Of the grammar that `make` makes. Raises RequestError for a function whose schema cannot be kept to."""
+    try:
+        return Constraint(StructuredOutputs(grammar=make()), param, functions)
+    except SchemaError as error:
+        raise RequestError(f"tools: {error}", param="tools") from None
 
 
 def _function(tool: Mapping[str, Any]) -> Function:

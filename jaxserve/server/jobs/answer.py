@@ -25,6 +25,7 @@ from jaxserve.scheduler.types import Request, Tier
 from jaxserve.server.api import chat, completions, embeddings, responses, results
 from jaxserve.server.api.fields import Caller
 from jaxserve.server.api.job import Job, Prepare
+from jaxserve.server.body import MAX_DEPTH, is_deep
 from jaxserve.server.bridge import Bridge
 from jaxserve.server.errors import ApiError, bad_request, error_body
 from jaxserve.server.jobs.lines import Line
@@ -69,21 +70,19 @@ async def answer_line(
         origin=_origin(batch, line),
         created=batch.created_at,
     )
-    status = 200
     try:
         if failure is not None:
             raise failure
         body = await _reply(bridge, engine, batch.body["endpoint"], line, caller, begin)
+        return await _beside(lambda: _result(batch, line, caller, 200, body))
     except ApiError as error:
         if failure is None and (error.status == 429 or error.status >= 500):
             raise
-        status, body = error.status, error_body(error)
+        fault = error
     except Exception:
         log.exception("batch %s line %d could not be answered", batch.id, line.number)
-        status = 500
-        body = error_body(ApiError(500, "an internal error", type="server_error", code="internal_error"))
-    response = {"status_code": status, "request_id": caller.new_id("req_"), "body": body}
-    return await _beside(lambda: _result(batch, line, caller, response))
+        fault = ApiError(500, "an internal error", type="server_error", code="internal_error")
+    return _result(batch, line, caller, fault.status, error_body(fault))
 
 
 async def _beside[T](work: Callable[[], T]) -> T:
@@ -105,14 +104,14 @@ def _origin(batch: Batch, line: Line) -> bytes:
     return hashlib.blake2b(f"{batch.id} {line.number}".encode(), digest_size=32).digest()
 
 
-def _result(batch: Batch, line: Line, caller: Caller, response: dict[str, Any]) -> Result:
+def _result(batch: Batch, line: Line, caller: Caller, status: int, body: dict[str, Any]) -> Result:
     content = {
         "id": caller.new_id("batch_req_"),
         "custom_id": line.custom_id,
-        "response": response,
+        "response": {"status_code": status, "request_id": caller.new_id("req_"), "body": body},
         "error": None,
     }
-    return Result(batch.id, line.number, response["status_code"] != 200, orjson.dumps(content))
+    return Result(batch.id, line.number, status != 200, orjson.dumps(content))
 
 
 async def _reply(
@@ -167,6 +166,8 @@ class _PartUsage(results.Usage):
 
 def _for_batch(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body without nulls, as over HTTP. Raises ApiError for what makes no sense here."""
+    if is_deep(body):
+        raise bad_request(f"the body nests more than {MAX_DEPTH} levels", code="invalid_json")
     fields = {name: value for name, value in body.items() if value is not None}
     if fields.get("stream"):
         raise bad_request("stream is not available in a batch", param="stream")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxserve.text.grammars import JSON_SPACE
+from jaxserve.text.json_schemas import SchemaError, compiled_form
 from jaxserve.text.tools import hermes, mistral, think
 from jaxserve.text.tools.formats import Format
 
@@ -115,7 +115,10 @@ class Grammars:
         for number, function in enumerate(functions):
             before, after = self._around(function.name, marked=marked)
             rules.append(f"call_{number}: {before} arguments_{number} {after}".rstrip())
-            rules.append(f"arguments_{number}: {json_body(function.parameters)}")
+            try:
+                rules.append(f"arguments_{number}: {json_body(function.parameters)}")
+            except SchemaError as error:
+                raise SchemaError(f"the parameters of {function.name!r}: {error}") from None
         return rules
 
     def _around(self, name: str, *, marked: bool) -> tuple[str, str]:
@@ -165,8 +168,17 @@ def choice_body(choices: Sequence[str]) -> str:
 
 
 def json_body(schema: Mapping[str, Any] | bool) -> str:
-    if isinstance(schema, bool):
-        return f"%json {json.dumps(schema)}"
-    return (
-        f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': JSON_SPACE, 'lenient': False}})}"
-    )
+    """Raises SchemaError."""
+    return f"%json {compiled_form(schema)}"
+
+
+def in_words(error: str, lark: str, functions: Sequence[Function]) -> str:
+    """What the compiler says of a grammar that was made here, for those who sent what is in it: not in which
+    line the fault is but whose schema that line holds."""
+    found = re.search(r"at ([0-9]+)\([0-9]+\): (?:failed to compile JSON schema: )?(.*)", error)
+    if found is None:  # of the grammar as a whole
+        return error
+    rule = lark.split("\n")[int(found[1]) - 1].partition(":")[0]
+    number = rule.removeprefix("arguments_")
+    whose = f"the parameters of {functions[int(number)].name!r}" if number.isdecimal() else "the form"
+    return f"{whose} cannot be followed: {found[2]}"

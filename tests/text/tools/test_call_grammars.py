@@ -12,7 +12,15 @@ import llguidance
 import pytest
 import tokenizers
 
-from jaxserve.text.tools.call_grammars import Function, Grammars, choice_body, json_body, regex_body
+from jaxserve.text.json_schemas import SchemaError
+from jaxserve.text.tools.call_grammars import (
+    Function,
+    Grammars,
+    choice_body,
+    in_words,
+    json_body,
+    regex_body,
+)
 from jaxserve.text.tools.formats import Format, detect
 from jaxserve.text.tools.hidden import Hidden
 from jaxserve.text.tools.parts import Argued, Called, joined
@@ -183,6 +191,25 @@ def test_white_space_in_json_is_bounded() -> None:
     lark = grammars("text", Format()).answer(json_body({"type": "object"}))
     assert allows("text", lark, '{"a": 1}')
     assert not allows("text", lark, '{"a":' + " " * 40 + "1}")
+
+
+def test_what_is_wrong_is_said_of_the_schema() -> None:
+    """Not of the lines of a grammar that nobody sent."""
+    functions = [TOOLS[0], Function("bad one", {"not": {}})]
+    lark = grammars("text", Format("hermes", "think")).calls(functions, parallel=True)
+    place = 1 + next(i for i, line in enumerate(lark.split("\n")) if line.startswith("arguments_1:"))
+    error = f"the grammar cannot be followed: at {place}(14): failed to compile JSON schema: no `not`"
+    assert in_words(error, lark, functions) == "the parameters of 'bad one' cannot be followed: no `not`"
+    form = grammars("text", Format("hermes", "think")).answer(json_body({"not": {}}), [])
+    place = 1 + form.count("\n")
+    assert in_words(f"at {place}(1): no", form, []) == "the form cannot be followed: no"
+    assert in_words("it takes longer than 5 s", form, []) == "it takes longer than 5 s"
+
+
+def test_a_functions_schema_that_cannot_be_kept_to_is_named() -> None:
+    loose = Function("f", {"type": "object", "minProperties": 2})
+    with pytest.raises(SchemaError, match="parameters of 'f': minProperties"):
+        grammars("text", Format("hermes")).calls([loose], parallel=False)
 
 
 def test_schemas_cannot_leave_their_place() -> None:

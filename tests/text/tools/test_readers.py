@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.text.tools.formats import Format
@@ -210,6 +210,7 @@ JSON = st.recursive(
 OBJECTS = st.dictionaries(st.text(max_size=6), JSON, max_size=4)
 
 
+@settings(deadline=None)  # a busy machine takes what it takes
 @given(
     arguments=st.lists(OBJECTS, min_size=1, max_size=3),
     ascii_=st.booleans(),

@@ -18,7 +18,7 @@ from jaxserve.server.api import results
 from jaxserve.server.api.fields import Caller
 from jaxserve.server.api.job import prepared
 from jaxserve.server.api.messages.reply import MessageJob
-from jaxserve.server.api.messages.request import NAMES, CountRequest, MessagesRequest, without_nulls
+from jaxserve.server.api.messages.request import NAMES, CountRequest, MessagesRequest
 from jaxserve.server.api.turn import Turn
 from jaxserve.server.api.turn_prompt import MOST_COUNTED, Prompt
 from jaxserve.server.body import read_body, validate
@@ -92,9 +92,8 @@ def counted(
 def _fields[M: CountRequest](
     model: type[M], body: Mapping[str, Any], check_model: Callable[[str], None]
 ) -> M:
-    given: dict[str, Any] = without_nulls(dict(body))
-    for name in UNSUPPORTED & given.keys():
+    for name in UNSUPPORTED & body.keys():
         raise bad_request(f"{name} is not supported", param=name, code="unsupported_parameter")
-    fields = validate(model, given)
+    fields = validate(model, body)
     check_model(fields.model)
     return fields

@@ -20,11 +20,6 @@ from jaxserve.server.api.structured import NAME
 from jaxserve.server.api.turn_prompt import TurnRequest
 from jaxserve.server.body import AtMost, Strict
 
-
-def without_nulls(value: Any) -> Any:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
 # --- content -------------------------------------------------------------------------------------------
 
 
@@ -71,7 +66,7 @@ def _block_of(value: Any, kinds: dict[str, type[pydantic.BaseModel]]) -> Any:
             "blocks of the type {kind} are not supported here; these are: {known}",
             {"kind": repr(kind)[:40], "known": ", ".join(kinds)},
         )
-    return kinds[kind].model_validate(without_nulls(value))
+    return kinds[kind].model_validate(value)
 
 
 def _as_text(value: Any) -> Any:
@@ -157,7 +152,7 @@ def _as_tool(value: Any) -> Any:
             "tools of the type {kind} are not supported: only the client's own are",
             {"kind": repr(kind)[:40]},
         )
-    return without_nulls(value)
+    return value
 
 
 class ToolUseChoice(Strict):
@@ -179,7 +174,7 @@ def _as_thinking(value: Any) -> Any:
             "budgets of thinking (type: enabled, budget_tokens) are not supported: the types adaptive and"
             " disabled are, and output_config.effort where the model's chat template reads it",
         )
-    return without_nulls(value)
+    return value
 
 
 class Thinking(Strict):
@@ -215,9 +210,9 @@ class CountRequest(Strict):
     tools: Annotated[list[Annotated[ClientTool, pydantic.BeforeValidator(_as_tool)]], AtMost(MAX_TOOLS)] = (
         pydantic.Field([])
     )
-    tool_choice: Annotated[ToolUseChoice, pydantic.BeforeValidator(without_nulls)] | None = None
+    tool_choice: ToolUseChoice | None = None
     thinking: Annotated[Thinking, pydantic.BeforeValidator(_as_thinking)] | None = None
-    output_config: Annotated[OutputConfig, pydantic.BeforeValidator(without_nulls)] | None = None
+    output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     speed: Literal["standard"] | None = None
 
@@ -263,7 +258,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    metadata: Annotated[Metadata, pydantic.BeforeValidator(without_nulls)] | None = None
+    metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only", "default", "flex"] | None = None
 
     priority: int = 0
@@ -284,9 +279,8 @@ class MessagesRequest(CountRequest):
             "stop": self.stop_sequences,
             "stream": self.stream,
         }
-        # only what was given, so that the model's own defaults hold for the rest
-        sampling = SamplingFields.model_validate(without_nulls(given))
-        return self._turn(sampling, self.max_tokens)
+        # None is as if absent, so that the model's own defaults hold for what was not given
+        return self._turn(SamplingFields.model_validate(given), self.max_tokens)
 
 
 # what the engine and the turn call the fields -> what they are called here

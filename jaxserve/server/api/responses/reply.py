@@ -166,7 +166,9 @@ class ResponseJob:
             return
         self._open = False
         item = self._output[-1]
-        cut = self._end is not None and self._end.finish_reason not in ("stop", "tool_calls")
+        # a reply that ends with a call and not with "tool_calls" was stopped within it
+        whole = ("tool_calls",) if item["type"] == "function_call" else ("stop", "tool_calls")
+        cut = self._end is not None and self._end.finish_reason not in whole
         item["status"] = "incomplete" if cut else "completed"
         if item["type"] == "function_call":
             yield self._event(

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from jaxserve.scheduler.types import MAX_STOP_STRINGS, RequestError, StructuredOutputs
+from jaxserve.scheduler.types import RequestError, StructuredOutputs
 from jaxserve.server.api.conversation import MAX_MESSAGES, MAX_NAME, MAX_PARTS, MAX_TOOLS
-from jaxserve.server.api.fields import PlaceFields, SamplingFields
+from jaxserve.server.api.fields import PlaceFields, SamplingFields, Stop
 from jaxserve.server.api.structured import NAME
 from jaxserve.server.api.turn_prompt import TurnRequest
 from jaxserve.server.body import AtMost, Strict
@@ -23,11 +23,6 @@ LOGPROBS = "message.output_text.logprobs"  # of `include`
 
 
 # --- items ---------------------------------------------------------------------------------------------
-
-
-def _without_nulls(value: Any) -> Any:
-    """Clients send items back as they got them, empty members and all."""
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _parts(value: Any) -> Any:
@@ -75,7 +70,7 @@ class Part(Strict):
 
 
 Parts = Annotated[
-    list[Annotated[Part, pydantic.BeforeValidator(_without_nulls)]],
+    list[Part],
     pydantic.BeforeValidator(_parts, json_schema_input_type=str | list[Part]),
     AtMost(MAX_PARTS),
 ]
@@ -138,7 +133,7 @@ def _as_item(value: Any) -> Any:
             "items of the type {kind} are not supported; these are: {known}",
             {"kind": repr(kind)[:40], "known": ", ".join(ITEMS)},
         )
-    return ITEMS[kind].model_validate(_without_nulls(value))
+    return ITEMS[kind].model_validate(value)
 
 
 AnyItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
@@ -181,7 +176,7 @@ def _as_tool(value: Any) -> Any:
             "tools of the type {kind} are not supported: only functions are",
             {"kind": repr(kind)[:40]},
         )
-    return _without_nulls(value)
+    return value
 
 
 class NamedFunctionTool(Strict):
@@ -226,7 +221,7 @@ class TextFormat(Strict):
 
 
 class TextOptions(Strict):
-    format: Annotated[TextFormat, pydantic.BeforeValidator(_without_nulls)] | None = None
+    format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -269,15 +264,15 @@ class ResponseRequest(PlaceFields):
     ] = "auto"
     parallel_tool_calls: bool = True
     max_tool_calls: Annotated[int, pydantic.Field(ge=1)] | None = None  # of tools that run here: none do
-    text: Annotated[TextOptions, pydantic.BeforeValidator(_without_nulls)] | None = None
-    reasoning: Annotated[ReasoningOptions, pydantic.BeforeValidator(_without_nulls)] | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
 
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: Annotated[list[str], AtMost(MAX_STOP_STRINGS)] = pydantic.Field([])
+    stop: Stop = pydantic.Field([])
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
