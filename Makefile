@@ -2,8 +2,8 @@
 #
 #   make serve       .venv, the package, and the embedded model on 127.0.0.1:8000  (PORT=, ARGS=)
 #   make install     .venv with the package and its [test] extra, and no more
-#   make test        installs the same, runs the quick tests                       (ARGS=)
-#   make test-slow   the slow ones
+#   make test        installs the same, runs the quick tests                       (ARGS=, WORKERS=)
+#   make test-slow   the slow ones                                                 (ARGS=, WORKERS=)
 #   make lint        ruff check, ruff format --check, mypy
 #   make aot         the kernels compiled for TPUs and GPUs that are not here       (ARGS=)
 #
@@ -13,6 +13,7 @@
 
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,11 +43,14 @@ serve: $(VENV)/.installed
 
 install: $(VENV)/.installed-test
 
+# A file's tests stay in one process, where they share what was compiled. WORKERS=0: all in this one, for a debugger.
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-test $(VENV)-litellm/.installed
-	$(BIN)/pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-test
 	@failed=0; for check in "ruff check ." "ruff format --check ." mypy; do \
